@@ -1,0 +1,553 @@
+"""Data: tokenizers, images in and out, the layout of one interleaved sequence, batches, Shapes.
+
+Reading order: Segment and layout (how a conversation of text and images becomes tokens, latents
+and labels), Batch, then the Shapes world, a small world of coloured shapes that is drawn on the
+fly from a seed and has an exact answer to every question that is asked about it.
+
+Sequence layout (paper section 4.1, REFERENCE of the release):
+
+    <bos> user's text and images <sep> model's text and images <sep> user ... <sep> model <sep>
+    an image is <boi> <image> x L <eoi>: one placeholder per latent
+"""
+
+import functools
+import io
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+import checkpoint
+from orthus import OrthusConfig
+
+# --- Images --------------------------------------------------------------------------------------
+
+
+def to_tensor(image: Image.Image, size: int) -> Tensor:
+    """PIL image of any size and mode -> (3, size, size) in [-1, 1].
+
+    Transparency is blended on white, the short side resized to `size` (Lanczos), the centre cropped.
+    """
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    image = image.convert("RGB")
+    width, height = image.size
+    if (width, height) != (size, size):
+        scale = size / min(width, height)
+        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, size, size) uint8
+    return pixels.float() / 127.5 - 1
+
+
+def to_image(tensor: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1], clamped -> PIL image."""
+    pixels = ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+# --- Text ----------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """Text <-> token ids. Special tokens and image codes are never produced from text.
+
+    The tiny model's is sentencepiece's: its pieces follow the special tokens and image codes.
+    """
+
+    def __init__(self, model: bytes, first_id: int, unk_id: int = 3):
+        self.model = model
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.first_id, self.unk_id = first_id, unk_id  # piece 0 is sentencepiece's own unknown
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
+        """The tokenizer of a checkpoint directory."""
+        config = OrthusConfig(**checkpoint.read_config(directory)["model"])
+        path = checkpoint.find_tokenizer(directory)
+        try:
+            return cls(path.read_bytes(), config.image_id + 1, config.unk_id)
+        except RuntimeError:
+            raise ValueError(f"{path} is not a whole sentencepiece model") from None
+
+    def encode(self, text: str) -> list[int]:
+        ids = self.pieces.encode(text)
+        return [self.first_id + i - 1 if i else self.unk_id for i in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        last = self.first_id + len(self.pieces) - 1
+        return self.pieces.decode([i - self.first_id + 1 for i in ids if self.first_id <= i < last])
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
+    """Train a sentencepiece model -> its file's bytes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        character_coverage=1.0,
+        split_digits=True,
+        normalization_rule_name="identity",
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+# --- The layout of one sequence, and batches -----------------------------------------------------
+
+
+@dataclass
+class Segment:
+    """A piece of a conversation: text or an image, read (input) or written (output) by the model."""
+
+    content: str | Image.Image
+    output: bool = False
+
+
+@dataclass
+class Sequence:
+    """tokens and labels (T,), unshifted as Orthus.loss wants them; images in reading order."""
+
+    tokens: list[int]
+    labels: list[int]
+    images: list[Image.Image]
+
+
+def layout(segments: list[Segment], tokenizer: Tokenizer, config: OrthusConfig) -> Sequence:
+    """Lay segments out as <bos> input <sep> output <sep> input ..., the last turn closed too.
+
+    Everything the model is to write has its own id as label, the rest -100: also the <sep> that
+    ends its turn, and <boi>, placeholders and <eoi> of its images.
+    """
+    tokens, labels = [config.bos_id], [-100]
+
+    def add(ids: list[int], output: bool) -> None:
+        tokens.extend(ids)
+        labels.extend(ids if output else [-100] * len(ids))
+
+    for i, segment in enumerate(segments):
+        if isinstance(segment.content, str):
+            add(tokenizer.encode(segment.content), segment.output)
+        else:
+            placeholders = [config.image_id] * config.latents_per_image
+            add([config.boi_id, *placeholders, config.eoi_id], segment.output)
+        if i + 1 == len(segments) or segments[i + 1].output != segment.output:
+            add([config.sep_id], segment.output)
+    images = [s.content for s in segments if not isinstance(s.content, str)]
+    return Sequence(tokens, labels, images)
+
+
+@dataclass
+class Batch:
+    """tokens, labels (B, T); images (number of images, 3, H, W) in reading order over the batch."""
+
+    tokens: Tensor
+    labels: Tensor
+    images: Tensor
+
+    def to(self, device) -> "Batch":
+        return Batch(*(getattr(self, f).to(device) for f in ("tokens", "labels", "images")))
+
+
+def collate(
+    sequences: list[Sequence], config: OrthusConfig, resolution: int, pad_left: bool = False
+) -> Batch:
+    """Pad sequences to the longest one: on the right for training, on the left for generation."""
+
+    def pad(ids: list[int], value: int) -> list[int]:
+        padding = [value] * (longest - len(ids))
+        return padding + ids if pad_left else ids + padding
+
+    longest = max(len(s.tokens) for s in sequences)
+    images = [to_tensor(image, resolution) for s in sequences for image in s.images]
+    return Batch(
+        torch.tensor([pad(s.tokens, config.pad_id) for s in sequences]),
+        torch.tensor([pad(s.labels, -100) for s in sequences]),
+        torch.stack(images) if images else torch.zeros(0, 3, resolution, resolution),
+    )
+
+
+# --- The Shapes world: scenes --------------------------------------------------------------------
+
+SHAPES = ("circle", "square", "triangle", "star")
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 80, 220),
+    "yellow": (240, 200, 30),
+    "purple": (150, 60, 190),
+    "orange": (245, 130, 30),
+}
+BACKGROUND = (250, 248, 242)
+UNSEEN = {("purple", "star"), ("green", "triangle")}  # never in training, asked for in evaluation
+REACH = {"circle": 1.0, "square": 1.15, "triangle": 1.2, "star": 1.25}  # circumradius / r
+COUNTS = ("zero", "one", "two", "three", "four")
+RELATIONS = {  # name: (unit step from the second object to the first), y pointing down
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+CANVAS, GAP, OVERSAMPLE = 64, 3, 4
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene; x, y, r in pixels, angle in radians."""
+
+    shape: str
+    colour: str
+    x: float = 0.0
+    y: float = 0.0
+    r: float = 8.0
+    angle: float = 0.0
+    rgb: tuple[int, int, int] = (0, 0, 0)
+    digit: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def reach(self) -> float:
+        return self.r * REACH[self.shape]
+
+
+def with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def outline(thing: Thing) -> list[tuple[float, float]]:
+    """Corners of a polygonal thing, in pixels, y pointing down."""
+    if thing.shape == "star":
+        radii = [1.25 * thing.r, 0.52 * thing.r] * 5
+    else:
+        radii = [thing.reach] * {"square": 4, "triangle": 3}[thing.shape]
+    first = -math.pi / 4 if thing.shape == "square" else -math.pi / 2  # axis-aligned / one point up
+    angles = [first + thing.angle + 2 * math.pi * i / len(radii) for i in range(len(radii))]
+    return [
+        (thing.x + radius * math.cos(a), thing.y + radius * math.sin(a))
+        for radius, a in zip(radii, angles, strict=True)
+    ]
+
+
+def render(things: list[Thing]) -> Image.Image:
+    """Draw a scene at four times its size and box-filter it down: 64 x 64 RGB, anti-aliased."""
+    k = OVERSAMPLE
+    image = Image.new("RGB", (CANVAS * k, CANVAS * k), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    for t in things:
+        if t.shape == "circle":
+            box = [(t.x - t.r) * k, (t.y - t.r) * k, (t.x + t.r) * k, (t.y + t.r) * k]
+            draw.ellipse(box, fill=t.rgb)
+        else:
+            draw.polygon([(x * k, y * k) for x, y in outline(t)], fill=t.rgb)
+        if t.digit is not None:
+            draw.text((t.x * k, t.y * k), str(t.digit), "white", digit_font(), anchor="mm")
+    return image.resize((CANVAS, CANVAS), Image.Resampling.BOX)
+
+
+@functools.cache
+def digit_font() -> ImageFont.FreeTypeFont:
+    """Pillow's default font at the size whose digits are 7 canvas pixels high."""
+    return ImageFont.load_default(size=9.7 * OVERSAMPLE)
+
+
+def place(
+    wanted: list[tuple[str, str]],
+    rng: random.Random,
+    accept: Callable[[list[Thing]], bool] = lambda things: True,
+) -> list[Thing]:
+    """Give each (colour, shape) a size, place, angle and shade, GAP pixels apart, until accepted."""
+    while True:
+        things = []
+        for colour, shape in wanted:
+            for _ in range(20):
+                r = rng.uniform(6, 11)
+                reach = r * REACH[shape]
+                x, y = (rng.uniform(reach + 1, CANVAS - 1 - reach) for _ in range(2))
+                if all(math.hypot(x - t.x, y - t.y) >= reach + t.reach + GAP for t in things):
+                    rgb = tuple(min(255, max(0, c + rng.randint(-6, 6))) for c in COLOURS[colour])
+                    angle = rng.uniform(-0.25, 0.25)
+                    things.append(Thing(shape, colour, x, y, r, angle, rgb))
+                    break
+        if len(things) == len(wanted) and accept(things):
+            return things
+
+
+def relation(a: Thing, b: Thing) -> str | None:
+    """How a lies to b, by the larger of the two offsets; None where they are too alike to say."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if max(abs(dx), abs(dy)) < 1.25 * min(abs(dx), abs(dy)):
+        return None
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def pick(rng: random.Random, allow_unseen: bool, colours=tuple(COLOURS), shapes=SHAPES):
+    """A random (colour, shape); the UNSEEN combinations only where allowed."""
+    while True:
+        pair = rng.choice(colours), rng.choice(shapes)
+        if allow_unseen or pair not in UNSEEN:
+            return pair
+
+
+def write_digits(things: list[Thing], rng: random.Random, share: float = 0.5) -> list[Thing]:
+    """Put a digit on a share of the things that are large enough to carry one."""
+    return [
+        replace(t, digit=rng.randint(0, 9)) if t.r >= 8 and rng.random() < share else t
+        for t in things
+    ]
+
+
+def random_scene(rng: random.Random, allow_unseen: bool = False, most: int = 4) -> list[Thing]:
+    """One to `most` things of any kind, some with digits."""
+    wanted = [pick(rng, allow_unseen) for _ in range(rng.randint(1, most))]
+    return write_digits(place(wanted, rng), rng)
+
+
+def scene_images(seed: int, step: int, batch: int) -> Tensor:
+    """A batch of random scenes for the autoencoder -> (batch, 3, 64, 64); same seed, same batch."""
+    rng = random.Random(f"scenes {seed} {step}")
+    return torch.stack([to_tensor(render(random_scene(rng)), CANVAS) for _ in range(batch)])
+
+
+# --- The Shapes world: tasks ---------------------------------------------------------------------
+
+GENEVAL = {  # GenEval's six categories and their share of the text-to-image examples
+    "one object": 0.10,
+    "two objects": 0.18,
+    "counting": 0.20,
+    "colours": 0.10,
+    "position": 0.22,
+    "binding": 0.20,
+}
+QUESTIONS = {  # kinds of question and their share; kinds that a scene has no answer for are skipped
+    "count": 0.22,
+    "colour": 0.14,
+    "exists": 0.20,
+    "relation": 0.20,
+    "digit": 0.12,
+    "describe": 0.12,
+}
+TASKS = {"text_to_image": 0.6, "understanding": 0.4}  # share of the post-training examples
+
+
+@dataclass
+class Example:
+    """One example: its segments, and the truth by which an answer to it is judged."""
+
+    task: str
+    kind: str
+    segments: list[Segment]
+    things: list[Thing]
+    unseen: bool = False  # about a combination that training never shows
+
+
+def choose(rng: random.Random, shares: dict[str, float]) -> str:
+    return rng.choices(list(shares), list(shares.values()))[0]
+
+
+def text_to_image(rng: random.Random, kind: str, allow_unseen: bool = False) -> Example:
+    """A caption of one of GenEval's six kinds and a scene it is true of."""
+    (c1, s1), (c2, s2) = pick(rng, allow_unseen), pick(rng, allow_unseen)
+    accept, unseen = lambda things: True, False
+    if kind == "one object":
+        caption, wanted = with_article(s1), [(c1, s1)]
+    elif kind == "two objects":
+        while s2 == s1:
+            c2, s2 = pick(rng, allow_unseen)
+        caption, wanted = f"{with_article(s1)} and {with_article(s2)}", [(c1, s1), (c2, s2)]
+    elif kind == "counting":
+        n = rng.randint(2, 4)
+        caption, wanted = f"{COUNTS[n]} {c1} {s1}s", [(c1, s1)] * n
+    elif kind == "colours":
+        caption, wanted = with_article(f"{c1} {s1}"), [(c1, s1)]
+    else:
+        while c2 == c1:
+            c2, s2 = pick(rng, allow_unseen)
+        wanted = [(c1, s1), (c2, s2)]
+        first, second = with_article(f"{c1} {s1}"), with_article(f"{c2} {s2}")
+        if kind == "binding":
+            caption = f"{first} and {second}"
+        else:
+            word = rng.choice(list(RELATIONS))
+            caption, accept = f"{first} {word} {second}", lambda t: relation(*t) == word
+    if kind in ("counting", "colours", "position", "binding"):
+        unseen = any(pair in UNSEEN for pair in wanted)
+    things = place(wanted, rng, accept)
+    rng.shuffle(things)
+    segments = [Segment(caption), Segment(render(things), output=True)]
+    return Example("text_to_image", kind, segments, things, unseen)
+
+
+def ask_count(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
+    counts = Counter(t.shape for t in things)
+    n = rng.choice(sorted({counts[s] for s in SHAPES}))  # every count that occurs is as likely
+    shape = rng.choice([s for s in SHAPES if counts[s] == n])
+    return f"How many {shape}s are there?", COUNTS[n]
+
+
+def ask_colour(rng: random.Random, things: list[Thing]) -> tuple[str, str] | None:
+    single = [t for t in things if sum(u.shape == t.shape for u in things) == 1]
+    if not single:
+        return None
+    thing = rng.choice(single)
+    return f"What colour is the {thing.shape}?", thing.colour
+
+
+def ask_exists(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
+    """Yes and no as often; half of the no's are one attribute off a thing that is there."""
+    present = {(t.colour, t.shape) for t in things}
+    colour, shape = rng.choice(sorted(present))
+    if rng.random() < 0.5:
+        return f"Is there {with_article(f'{colour} {shape}')}?", "yes"
+    near = rng.random() < 0.5
+    while (colour, shape) in present:
+        if not near:
+            colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        elif rng.random() < 0.5:
+            colour, shape = rng.choice(list(COLOURS)), rng.choice(sorted(present))[1]
+        else:
+            colour, shape = rng.choice(sorted(present))[0], rng.choice(SHAPES)
+    return f"Is there {with_article(f'{colour} {shape}')}?", "no"
+
+
+def ask_relation(rng: random.Random, things: list[Thing]) -> tuple[str, str] | None:
+    """Only where one thing alone stands so, and nothing stands so askew that it is a matter of taste."""
+    options = []
+    names = Counter(t.name for t in things)
+    for b in (t for t in things if names[t.name] == 1):
+        relations = [(relation(a, b), a) for a in things if a is not b]
+        for word in RELATIONS:
+            found = [a for r, a in relations if r == word]
+            if len(found) == 1 and all(r is not None for r, _ in relations):
+                options.append((f"What is {word} the {b.name}?", with_article(found[0].name)))
+    return rng.choice(options) if options else None
+
+
+def ask_digit(rng: random.Random, things: list[Thing]) -> tuple[str, str] | None:
+    single = [t for t in things if sum(u.shape == t.shape for u in things) == 1]
+    single = [t for t in single if t.digit is not None]
+    if not single:
+        return None
+    thing = rng.choice(single)
+    return f"Which digit is on the {thing.shape}?", str(thing.digit)
+
+
+def ask_describe(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
+    """All things from left to right."""
+    names = [with_article(t.name) for t in sorted(things, key=lambda t: t.x)]
+    return "Describe the image.", " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+ASK = {
+    "count": ask_count,
+    "colour": ask_colour,
+    "exists": ask_exists,
+    "relation": ask_relation,
+    "digit": ask_digit,
+    "describe": ask_describe,
+}
+
+
+def understanding(
+    rng: random.Random, kind: str | None = None, turns: int = 1, allow_unseen: bool = False
+) -> Example:
+    """A scene and questions about it, the first of a given kind, in as many turns."""
+    while True:
+        shapes = rng.sample(SHAPES, rng.choice((1, 2, 2, 3, 4)))  # few shapes: counts above one
+        wanted = [
+            pick(rng, allow_unseen, shapes=shapes) for _ in range(rng.choice((1, 2, 2, 3, 3, 4)))
+        ]
+        things = write_digits(place(wanted, rng), rng)
+        asked: list[tuple[str, str]] = []
+        while len(asked) < turns:
+            first = kind if kind and not asked else choose(rng, QUESTIONS)
+            pair = ASK[first](rng, things)
+            if pair is None and kind and not asked:
+                break  # this scene has no answer for the wanted kind: draw another
+            if pair is not None:
+                asked.append(pair)
+                kind = kind or first
+        else:
+            segments = [Segment(render(things))]
+            for question, answer in asked:
+                segments += [Segment(question), Segment(answer, output=True)]
+            unseen = any((t.colour, t.shape) in UNSEEN for t in things)
+            return Example("understanding", kind, segments, things, unseen)
+
+
+class Shapes:
+    """The Shapes world as a data set: example(i) depends on (seed, i) alone."""
+
+    def __init__(self, seed: int, tasks: dict[str, float] = TASKS, allow_unseen: bool = False):
+        self.seed, self.tasks, self.allow_unseen = seed, tasks, allow_unseen
+
+    def example(self, index: int) -> Example:
+        rng = random.Random(f"shapes {self.seed} {index}")
+        task = choose(rng, self.tasks)
+        if task == "image":  # nothing but an image: stage 1
+            things = random_scene(rng, self.allow_unseen)
+            return Example(task, task, [Segment(render(things), output=True)], things)
+        if task == "text_to_image":
+            return text_to_image(rng, choose(rng, GENEVAL), self.allow_unseen)
+        return understanding(rng, turns=rng.randint(1, 4), allow_unseen=self.allow_unseen)
+
+
+def shapes_texts() -> list[str]:
+    """What the Shapes world may say, for the tokenizer, with the words of tasks to come."""
+    rng = random.Random(0)
+    texts = [
+        segment.content
+        for i in range(4000)
+        for segment in Shapes(0, allow_unseen=True).example(i).segments
+        if isinstance(segment.content, str)
+    ]
+    for _ in range(400):
+        (c1, s1), (c2, s2) = pick(rng, True), pick(rng, True)
+        first, way = f"{c1} {s1}", rng.choice(("left", "right", "up", "down"))
+        texts += [
+            "Generate an image.",
+            f"Make the {s1} {c2}.",
+            f"Make the {first} {c2}.",
+            f"Remove the {s1}.",
+            f"Remove the {first}.",
+            f"Add {with_article(f'{c2} {s2}')}.",
+            "Continue this story.",
+            f"The {first} moves {way}.",
+            f"The {s1} moves {way} and the {s2} stays.",
+            f"The {first} turns {c2}.",
+            f"The {first} {rng.choice(('grows', 'shrinks', 'leaves', 'stays', 'waits'))}.",
+            f"{with_article(first).capitalize()} {rng.choice(('meets', 'joins', 'follows'))} "
+            f"{with_article(f'{c2} {s2}')}.",
+            f"Then the {s1} goes {way} to the {s2}.",
+            str(rng.randint(0, 9)),
+        ]
+    return texts
+
+
+def shapes_words() -> list[str]:
+    """Every word of the Shapes world, for the warning about words that a model never saw."""
+    words = {w.strip(".,?!") for text in shapes_texts() for w in text.split()}
+    return sorted(words - set("0123456789"), key=lambda w: (w.lower(), w)) + list("0123456789")

@@ -1,0 +1,505 @@
+"""Training: the road from nothing to Orthus, one stage a command.
+
+    vae         the autoencoder, as a VQ-VAE                                  (Chameleon's)
+    decoder     its decoder on continuous latents, the encoder frozen         (appendix A)
+    chameleon   the discrete ancestor: argmin embedding, image tokens         (eq. 1, 2)
+    base        stage 1: softmax embedding and diffusion head, images only    (section 4.2)
+    posttrain   stage 2: everything but the autoencoder, L_ar + lambda L_diff (section 4.2)
+    all         the whole road into one directory
+
+A run directory is a checkpoint (see checkpoint.py) of the averaged weights, plus state.pt, from
+which --resume goes on exactly, and log.jsonl. Data and noise depend on (seed, step) alone.
+Reading order: TrainConfig and PRESETS, the stages, then train(), which runs any of them.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import checkpoint
+import data
+from orthus import Orthus, OrthusConfig
+from vae import VQVAE, VQVAEConfig
+
+
+@dataclass
+class TrainConfig:
+    """What a stage runs with. The defaults here are shared; PRESETS overrides them per stage."""
+
+    out: str = ""  # run directory
+    init: str = ""  # checkpoint directory to start from
+    preset: str = "tiny"  # tiny or 7b
+    resume: bool = False  # go on from the run directory's state.pt
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 64
+    lr: float = 1e-3  # peak; linear warm-up, then cosine to zero
+    warmup: float = 0.05  # share of the steps
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01  # on matrices only
+    grad_clip: float = 1.0
+    micro_batches: int = 1  # parts of a batch, by length: less memory, less padding
+    image_loss_weight: float = 10.0  # lambda
+    guidance_dropout: float = 0.1  # share of prompts for images that become the unconditional one
+    ema: float = 0.999  # decay of the weight average; 0 keeps the last weights
+    device: str = "cpu"
+    dtype: str = "bfloat16"  # of the matrix products (autocast)
+    threads: int = 0  # CPU threads; 0 = one per core
+    workers: int = 1  # data processes
+    log_every: int = 50
+    save_every: int = 500
+
+
+PRESETS = {
+    "tiny": {
+        "vae": dict(steps=4500, batch_size=32, lr=1.5e-3),
+        "decoder": dict(steps=1500, batch_size=32, lr=5e-4),
+        "chameleon": dict(steps=1500, batch_size=96, micro_batches=2, image_loss_weight=1.0),
+        "base": dict(steps=600, batch_size=64, lr=2e-3),
+        "posttrain": dict(steps=8000, batch_size=96, micro_batches=2),
+    },
+}
+
+
+@dataclass
+class Stage:
+    """What a stage gives to train()."""
+
+    model: nn.Module  # trained where requires_grad
+    batch: Callable[[int], list]  # step -> micro-batches; runs in the data processes
+    losses: Callable[[object, torch.Generator], dict[str, Tensor]]  # of a micro-batch, adding up
+    save: Callable[[dict[str, Tensor]], None]  # averaged weights -> the run directory
+    after_step: Callable[[int, torch.optim.Optimizer, dict], None] | None = None
+
+
+# --- Stages: the autoencoder ---------------------------------------------------------------------
+
+REVIVE_EVERY, REVIVE_UNTIL, QUANTISE_FROM = 200, 0.7, 100
+COMMITMENT = 0.25
+QUANTISED_SHARE = 0.5
+
+
+def scene_batches(config: TrainConfig) -> Callable[[int], list[Tensor]]:
+    return lambda step: [data.scene_images(config.seed, step, config.batch_size)]
+
+
+def reconstruction_loss(images: Tensor, target: Tensor) -> Tensor:
+    error = images.float() - target
+    return error.square().mean() + 0.1 * error.abs().mean()
+
+
+def vae_stage(config: TrainConfig) -> Stage:
+    """VQ-VAE: reconstruction + codebook + commitment, dead codes revived.
+
+    Half of every batch skips the quantiser, so that the encoder keeps what the codes cannot hold:
+    the continuous latents are what Orthus is after.
+    """
+    torch.manual_seed(config.seed)
+    if config.init:
+        vae = VQVAE.from_pretrained(config.init, config.device, torch.float32)
+    else:
+        vae = VQVAE(VQVAEConfig.preset(config.preset)).to(config.device)
+    vae.to(memory_format=torch.channels_last)  # up to twice as fast on a CPU
+
+    def losses(images, generator):
+        step = generator.initial_seed() % 2**32
+        images = images.to(config.device, memory_format=torch.channels_last)
+        z = vae.encode(images).float()  # (B, L, C)
+        if step < QUANTISE_FROM:
+            return {"loss": reconstruction_loss(vae.decode(z), images)}
+        q = vae.lookup(vae.quantize(z))
+        codebook, commitment = F.mse_loss(q, z.detach()), F.mse_loss(z, q.detach())
+        half = int(len(images) * QUANTISED_SHARE)
+        straight_through = z[:half] + (q - z)[:half].detach()
+        reconstruction = vae.decode(torch.cat([straight_through, z[half:]]))
+        parts = {
+            "quantised": reconstruction_loss(reconstruction[:half], images[:half]),
+            "continuous": reconstruction_loss(reconstruction[half:], images[half:]),
+            "commitment": commitment,
+        }
+        total = (parts["quantised"] + parts["continuous"]) / 2
+        return {"loss": total + codebook + COMMITMENT * commitment} | parts
+
+    @torch.no_grad()
+    def revive(step, optimizer, average):
+        """Codes that 8192 fresh latents never use take the place of some of these latents."""
+        first = step == QUANTISE_FROM - 1
+        due = step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < REVIVE_UNTIL * config.steps
+        if not (first or due):
+            return
+        images = data.scene_images(config.seed, -step, 8192 // vae.config.latents_per_image)
+        latents = vae.encode(images.to(config.device)).flatten(0, 1)  # (8192, C)
+        codebook = vae.quantize.embedding.weight
+        used = torch.bincount(vae.quantize(latents), minlength=len(codebook)) > 0
+        dead = torch.ones_like(used) if first else ~used
+        rng = torch.Generator().manual_seed(step)
+        fresh = latents[torch.randperm(len(latents), generator=rng)[: int(dead.sum())]]
+        codebook[dead] = fresh
+        average["quantize.embedding.weight"][dead] = fresh
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if codebook in optimizer.state:
+                optimizer.state[codebook][moment][dead] = 0
+        tqdm.write(f"step {step + 1}: {int(dead.sum())} of {len(codebook)} codes set from data")
+
+    def save(weights):
+        config_json = {"vae": dataclasses.asdict(vae.config)}
+        checkpoint.write(config.out, config_json, vae=weights)
+
+    return Stage(vae, scene_batches(config), losses, save, revive)
+
+
+def decoder_stage(config: TrainConfig) -> Stage:
+    """Fine-tune the decoder on unquantised latents, the encoder frozen (appendix A)."""
+    vae = VQVAE.from_pretrained(config.init, config.device, torch.float32)
+    vae.to(memory_format=torch.channels_last).requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+
+    def losses(images, generator):
+        images = images.to(config.device, memory_format=torch.channels_last)
+        return {"loss": reconstruction_loss(vae.decode(vae.encode(images)), images)}
+
+    def save(weights):
+        checkpoint.write(config.out, checkpoint.read_config(config.init), vae=weights)
+
+    return Stage(vae, scene_batches(config), losses, save)
+
+
+# --- Stages: the transformer ---------------------------------------------------------------------
+
+
+@dataclass
+class MicroBatch:
+    """Part of a step's examples, and its share of the step's text and image targets."""
+
+    batch: data.Batch
+    text_share: float
+    image_share: float
+
+
+def example_batches(config: TrainConfig, model: OrthusConfig, vae: VQVAEConfig, tokenizer, tasks):
+    """step -> micro-batches of Shapes examples, sorted by length so that little is padding."""
+
+    def make(step: int) -> list[MicroBatch]:
+        world, rng = data.Shapes(config.seed, tasks), random.Random(f"{config.seed} {step}")
+        sequences = []
+        for i in range(config.batch_size):
+            example = world.example(step * config.batch_size + i)
+            if example.task == "text_to_image" and rng.random() < config.guidance_dropout:
+                example.segments[0].content = UNCONDITIONAL
+            sequences.append(data.layout(example.segments, tokenizer, model))
+        sequences.sort(key=lambda s: len(s.tokens))
+        size = math.ceil(len(sequences) / config.micro_batches)
+        parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]
+        parts = [data.collate(part, model, vae.resolution) for part in parts]
+        images = [int((p.labels == model.image_id).sum()) for p in parts]
+        texts = [int((p.labels != -100).sum()) - n for p, n in zip(parts, images, strict=True)]
+        return [
+            MicroBatch(p, t / max(1, sum(texts)), n / max(1, sum(images)))
+            for p, t, n in zip(parts, texts, images, strict=True)
+        ]
+
+    return make
+
+
+def orthus_stage(config: TrainConfig, model: Orthus, tasks: dict[str, float]) -> Stage:
+    """What chameleon, base and posttrain share: examples, the joint loss, checkpoints."""
+    vae = VQVAE.from_pretrained(config.init, config.device, torch.float32).requires_grad_(False)
+    tokenizer = data.Tokenizer.from_pretrained(config.out)
+    model.config.image_loss_weight = config.image_loss_weight
+
+    def losses(micro: MicroBatch, generator):
+        batch = micro.batch.to(config.device)
+        images = batch.images.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            latents = vae.encode(images).float().flatten(0, 1)  # (N, C)
+        loss = model.loss(batch.tokens, latents, batch.labels, generator)
+        text, image = loss.text * micro.text_share, loss.image * micro.image_share
+        return {"loss": text + config.image_loss_weight * image, "text": text, "image": image}
+
+    def save(weights):
+        checkpoint.write(config.out, {"model": dataclasses.asdict(model.config)}, model=weights)
+
+    make = example_batches(config, model.config, vae.config, tokenizer, tasks)
+    return Stage(model, make, losses, save)
+
+
+def start_run(config: TrainConfig, model: OrthusConfig) -> None:
+    """Give the run directory what does not change in it: autoencoder, tokenizer, defaults."""
+    known = checkpoint.read_config(config.init)
+    _, vae = checkpoint.read_vae(config.init)
+    generation = known.get("generation", GENERATION | {"words": data.shapes_words()})
+    parts = {"model": dataclasses.asdict(model), "vae": known["vae"], "generation": generation}
+    if "model" in known:
+        tokenizer = checkpoint.find_tokenizer(config.init)
+    else:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        tokenizer = Path(config.out) / "tokenizer.model"
+        pieces = model.vocab_size - model.image_id  # what the vocabulary has left, and the unknown
+        tokenizer.write_bytes(data.train_tokenizer(data.shapes_texts(), pieces))
+    checkpoint.write(config.out, parts, vae=vae, tokenizer=tokenizer)
+
+
+def chameleon_stage(config: TrainConfig) -> Stage:
+    """The discrete ancestor, from scratch: nearest codes in, image tokens out (eq. 1, 2)."""
+    torch.manual_seed(config.seed)
+    sizes = OrthusConfig.preset(config.preset, vision_embedding="argmin", image_head="tokens")
+    start_run(config, sizes)
+    model = Orthus(sizes)
+    _, vae = checkpoint.read_vae(config.init)
+    model.vision_embedding.codebook.weight.data.copy_(vae["quantize.embedding.weight"])
+    model.vision_embedding.codebook.requires_grad_(False)
+    return orthus_stage(config, model.to(config.device), data.TASKS)
+
+
+@torch.no_grad()
+def to_orthus(config: TrainConfig) -> Orthus:
+    """Chameleon -> Orthus-base before training (section 4.2): argmin becomes softmax over the same
+    codebook and image-token rows, image tokens give way to a diffusion head that outputs zero.
+
+    For tiny, latent_scale and tau are measured: unit variance for the head, and a median latent
+    that mixes MIXED_CODES codes.
+    """
+    old = Orthus.from_pretrained(config.init, "cpu", torch.float32)
+    vae = VQVAE.from_pretrained(config.init, "cpu", torch.float32)
+    sizes = dataclasses.replace(old.config, vision_embedding="softmax", image_head="diffusion")
+    if config.preset == "tiny":
+        latents = vae.encode(data.scene_images(config.seed, -1, 256)).flatten(0, 1)
+        sizes.latent_scale = 1 / latents.std().item()
+        low, high = 1e-4, 1e2
+        for _ in range(40):  # bisection: the mixture widens with tau
+            old.vision_embedding.tau = sizes.tau = math.sqrt(low * high)
+            median = old.vision_embedding.effective_codes(latents).median()
+            low, high = (low, sizes.tau) if median > MIXED_CODES else (sizes.tau, high)
+        tqdm.write(f"latent_scale {sizes.latent_scale:.4g}, tau {sizes.tau:.4g}")
+    torch.manual_seed(config.seed)
+    model = Orthus(sizes)
+    missing, unexpected = model.load_state_dict(old.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("diffusion_head.") for name in missing)
+    return model
+
+
+def base_stage(config: TrainConfig) -> Stage:
+    """Stage 1: the backbone frozen, vision embedding and diffusion head trained on images only."""
+    model = to_orthus(config).to(config.device).requires_grad_(False)
+    start_run(config, model.config)
+    model.vision_embedding.requires_grad_(True)
+    model.diffusion_head.requires_grad_(True)
+    model.embed_tokens.requires_grad_(True)
+    is_code = torch.zeros(model.config.vocab_size, 1, device=config.device)
+    first = model.config.image_code_start
+    is_code[first : first + model.config.num_codes] = 1  # the w_j alone, no text row
+    model.embed_tokens.weight.register_hook(lambda gradient: gradient * is_code)
+    return orthus_stage(config, model, {"image": 1.0})
+
+
+def posttrain_stage(config: TrainConfig) -> Stage:
+    """Stage 2: everything but the autoencoder, on all tasks."""
+    model = Orthus.from_pretrained(config.init, config.device, torch.float32)
+    start_run(config, model.config)
+    return orthus_stage(config, model, data.TASKS)
+
+
+UNCONDITIONAL = "Generate an image."
+MIXED_CODES = 4.0
+GENERATION = {  # defaults of sample.py, kept in the checkpoint's config.json
+    "steps": 100,
+    "cfg_scale": 3.0,
+    "unconditional": UNCONDITIONAL,
+    "image_first": True,  # an answer begins with an image where the prompt holds none
+}
+STAGES = {
+    "vae": vae_stage,
+    "decoder": decoder_stage,
+    "chameleon": chameleon_stage,
+    "base": base_stage,
+    "posttrain": posttrain_stage,
+}
+
+
+# --- The loop ------------------------------------------------------------------------------------
+
+
+class Steps(Dataset):
+    """Makes batch number i in a data process."""
+
+    def __init__(self, make: Callable[[int], object], steps: int):
+        self.make, self.steps = make, steps
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step):
+        return self.make(step)
+
+
+def batches(stage: Stage, config: TrainConfig, first: int) -> Iterator[object]:
+    """Batches first, first + 1, .. of the run, made ahead of the step."""
+    return iter(
+        DataLoader(
+            Steps(stage.batch, config.steps),
+            batch_size=None,
+            sampler=range(first, config.steps),
+            num_workers=config.workers,
+            prefetch_factor=8 if config.workers else None,
+            worker_init_fn=lambda _: torch.set_num_threads(1),
+        )
+    )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up over `warmup` of the steps, then a cosine to zero."""
+    warm = max(1, round(config.warmup * config.steps))
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    progress = (step - warm) / max(1, config.steps - warm)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what requires a gradient; weight decay on matrices that are not embeddings."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups = {True: [], False: []}
+    for p in model.parameters():
+        if p.requires_grad:
+            groups[p.ndim >= 2 and id(p) not in embeddings].append(p)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": config.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        fused=True,
+    )
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
+    """average <- decay average + (1 - decay) weights; the decay warms up from 0.1."""
+    decay = min(decay, (1 + step) / (10 + step))
+    weights = dict(model.named_parameters())
+    names = [name for name in average if weights[name].requires_grad]
+    torch._foreach_lerp_([average[n] for n in names], [weights[n] for n in names], 1 - decay)
+
+
+def save_state(out: Path, model, optimizer, average: dict, step: int, config: TrainConfig) -> None:
+    state = {
+        "step": step,
+        "weights": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": average,
+        "config": dataclasses.asdict(config),
+    }
+    torch.save(state, out / "state.pt.part")
+    os.replace(out / "state.pt.part", out / "state.pt")
+
+
+def train(name: str, config: TrainConfig) -> None:
+    """Run one stage to its last step, or on from its state.pt."""
+    stage = STAGES[name](config)
+    model, out = stage.model, Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    optimizer = make_optimizer(model, config)
+    average = {n: p.detach().clone() for n, p in model.named_parameters()}
+    first = 0
+    if config.resume:
+        state = torch.load(out / "state.pt", map_location=config.device, weights_only=True)
+        model.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, first = state["average"], state["step"]
+    log = open(out / "log.jsonl", "a" if first else "w", encoding="utf-8")
+    kind = torch.device(config.device).type
+    autocast = torch.autocast(kind, getattr(torch, config.dtype), config.dtype != "float32")
+    sums, started = {}, time.time()
+    bar = tqdm(range(first, config.steps), name, initial=first, total=config.steps)
+    for step, batch in zip(bar, batches(stage, config, first), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        generator = torch.Generator().manual_seed(config.seed * 2**32 + step)
+        parts = {}
+        for micro in batch:
+            with autocast:
+                losses = stage.losses(micro, generator)
+            losses["loss"].backward()
+            parts = {key: parts.get(key, 0) + value.detach() for key, value in losses.items()}
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_average(average, model, config.ema, step)
+        if stage.after_step:
+            stage.after_step(step, optimizer, average)
+        for key, value in (parts | {"grad_norm": norm}).items():
+            sums.setdefault(key, []).append(value)
+        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            line = {"stage": name, "step": step + 1, "lr": learning_rate(config, step)}
+            line |= {key: torch.stack(v).mean().item() for key, v in sums.items()}
+            line["seconds_per_step"] = (time.time() - started) / len(sums["loss"])
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            shown = {k: v for k, v in line.items() if k not in ("stage", "step")}
+            tqdm.write(f"{name} {step + 1} " + " ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+            sums, started = {}, time.time()
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            stage.save(average)
+            save_state(out, model, optimizer, average, step + 1, config)
+
+
+# --- Command line --------------------------------------------------------------------------------
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory: page faults cost up to half of a CPU training step."""
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # mmap max, trim, top pad
+            libc.mallopt(option, value)
+
+
+def parse(argv: list[str] | None = None) -> tuple[str, TrainConfig]:
+    """Flags are the fields of TrainConfig; those not given come from PRESETS."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    for f in dataclasses.fields(TrainConfig):
+        flag = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", default=None)
+        elif f.name == "betas":
+            parser.add_argument(flag, type=float, nargs=2)
+        else:
+            parser.add_argument(flag, type=f.type)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    name = given.pop("stage")
+    preset = PRESETS[given.get("preset", "tiny")][name]
+    return name, TrainConfig(**(preset | given))
+
+
+def main() -> None:
+    keep_memory()
+    name, config = parse()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        train(name, config)
+    except ValueError as error:
+        sys.exit(f"train.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
