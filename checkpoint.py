@@ -15,7 +15,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,7 +35,26 @@ def read_config(directory: str | Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); is it half-written?") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {config!r:.40}, not an object with the model's sections")
     return config
+
+
+def read_section(directory: str | Path, name: str) -> dict:
+    """One section of config.json: "model", "vae" or "generation"."""
+    section = read_config(directory).get(name)
+    if not isinstance(section, dict):
+        path = Path(directory) / CONFIG
+        raise ValueError(f"{path} has no section {name!r}; give a checkpoint that has one")
+    return section
+
+
+def build(kind: type, fields: dict, source) -> object:
+    """A config dataclass from a section of config.json; a wrong field raises ValueError."""
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ValueError(f"{Path(source) / CONFIG} does not fit {kind.__name__}: {error}") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -51,12 +69,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_model(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """-> (fields of OrthusConfig, state dict of Orthus)."""
-    return read_config(directory)["model"], read_tensors(Path(directory) / MODEL)
+    return read_section(directory, "model"), read_tensors(Path(directory) / MODEL)
 
 
 def read_vae(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """-> (fields of VQVAEConfig, state dict of VQVAE)."""
-    return read_config(directory)["vae"], read_tensors(Path(directory) / VAE)
+    return read_section(directory, "vae"), read_tensors(Path(directory) / VAE)
 
 
 def assign(module: nn.Module, tensors: dict[str, Tensor], source, device="cpu", dtype=None) -> None:

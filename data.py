@@ -12,7 +12,6 @@ Sequence layout (paper section 4.1, REFERENCE of the release):
 
 import functools
 import io
-import json
 import math
 import random
 from collections import Counter
@@ -35,7 +34,7 @@ from orthus import OrthusConfig
 def to_tensor(image: Image.Image, size: int) -> Tensor:
     """PIL image of any size and mode -> (3, size, size) in [-1, 1].
 
-    Transparency is blended on white, the short side resized to `size` (Lanczos), the centre cropped.
+    Transparency is blended on white, the short side resized to `size` (Lanczos), the centre kept.
     """
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -76,7 +75,8 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
         """The tokenizer of a checkpoint directory."""
-        config = OrthusConfig(**checkpoint.read_config(directory)["model"])
+        fields = checkpoint.read_section(directory, "model")
+        config = checkpoint.build(OrthusConfig, fields, directory)
         path = checkpoint.find_tokenizer(directory)
         try:
             return cls(path.read_bytes(), config.image_id + 1, config.unk_id)
@@ -117,7 +117,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
 
 @dataclass
 class Segment:
-    """A piece of a conversation: text or an image, read (input) or written (output) by the model."""
+    """A piece of a conversation: text or an image, which the model reads, or writes (output)."""
 
     content: str | Image.Image
     output: bool = False
@@ -277,7 +277,7 @@ def place(
     rng: random.Random,
     accept: Callable[[list[Thing]], bool] = lambda things: True,
 ) -> list[Thing]:
-    """Give each (colour, shape) a size, place, angle and shade, GAP pixels apart, until accepted."""
+    """Give each (colour, shape) a size, place, angle and shade, GAP apart, until accepted."""
     while True:
         things = []
         for colour, shape in wanted:
@@ -343,14 +343,14 @@ GENEVAL = {  # GenEval's six categories and their share of the text-to-image exa
     "binding": 0.20,
 }
 QUESTIONS = {  # kinds of question and their share; kinds that a scene has no answer for are skipped
-    "count": 0.22,
+    "count": 0.24,
     "colour": 0.14,
-    "exists": 0.20,
-    "relation": 0.20,
-    "digit": 0.12,
-    "describe": 0.12,
+    "exists": 0.22,
+    "relation": 0.22,
+    "digit": 0.04,
+    "describe": 0.14,
 }
-TASKS = {"text_to_image": 0.6, "understanding": 0.4}  # share of the post-training examples
+TASKS = {"text_to_image": 0.65, "understanding": 0.35}  # share of the post-training examples
 
 
 @dataclass
@@ -434,7 +434,7 @@ def ask_exists(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
 
 
 def ask_relation(rng: random.Random, things: list[Thing]) -> tuple[str, str] | None:
-    """Only where one thing alone stands so, and nothing stands so askew that it is a matter of taste."""
+    """Only where one thing alone stands so, and nothing so askew that it is a matter of taste."""
     options = []
     names = Counter(t.name for t in things)
     for b in (t for t in things if names[t.name] == 1):

@@ -10,10 +10,10 @@ Follows arXiv 2412.00127, and the released weights where they differ (README, "D
 Chameleon is the same class with vision_embedding="argmin" and image_head="tokens". Read in file
 order: config, transformer parts, vision embedding, noise schedule, image heads, the model.
 
-Letters: B batch, T sequence, S slots of a cache (or sampling steps), D width, H heads, V vocabulary,
-K codes, C latent channels, W head width, N image latents in the batch, L latents per image,
-G guidance contexts. A "latent" is a continuous autoencoder vector, a "token" is discrete, "hidden"
-is the transformer's output after its final norm.
+Letters: B batch, T sequence, S slots of a cache (or sampling steps), D width, H heads,
+V vocabulary, K codes, C latent channels, W head width, N image latents in the batch, L latents per
+image, G guidance contexts. A "latent" is a continuous autoencoder vector, a "token" is discrete,
+"hidden" is the transformer's output after its final norm.
 """
 
 import dataclasses
@@ -91,11 +91,7 @@ class OrthusConfig:
                 f"tau is {self.tau}; softmax needs tau > 0. The limit tau -> 0 is "
                 'vision_embedding="argmin"'
             )
-        if self.prediction == "epsilon" and self.zero_terminal_snr:
-            raise ValueError(
-                "prediction 'epsilon' with zero_terminal_snr divides by zero at t = 999; use "
-                "prediction='velocity' or zero_terminal_snr=False"
-            )
+        NoiseSchedule(self.beta_schedule, self.zero_terminal_snr, self.prediction)  # may raise
         if self.image_head == "tokens" and self.vision_embedding == "linear":
             raise ValueError("image_head 'tokens' needs a codebook; 'linear' embedding has none")
 
@@ -281,8 +277,8 @@ class VisionEmbedding(nn.Module):
     """Latents (N, C) -> embeddings (N, D): the entrance of images into the transformer.
 
     softmax (eq. 4): h = sum_j w_j softmax_j(-|v - c_j|^2 / tau), c_j the codebook, w_j the
-    embeddings of the image tokens. argmin (eq. 1-2): h = w_j of the nearest c_j, which is Chameleon.
-    linear: a projection, no codebook (table 5).
+    embeddings of the image tokens. argmin (eq. 1-2): h = w_j of the nearest c_j: Chameleon. linear:
+    a projection, no codebook (table 5).
     """
 
     def __init__(self, config: OrthusConfig, embed_tokens: nn.Embedding):
@@ -334,6 +330,11 @@ class NoiseSchedule:
     """
 
     def __init__(self, beta_schedule: str, zero_terminal_snr: bool, prediction: str):
+        if prediction == "epsilon" and zero_terminal_snr:
+            raise ValueError(
+                "prediction 'epsilon' with zero_terminal_snr divides by zero at t = 999; use "
+                "prediction 'velocity' or zero_terminal_snr False"
+            )
         self.prediction = prediction
         if beta_schedule == "scaled_linear":
             betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
@@ -363,6 +364,8 @@ class NoiseSchedule:
 
     def timesteps(self, steps: int) -> list[int]:
         """Trailing spacing: steps = 100 gives 999, 989, .., 9."""
+        if not 1 <= steps <= 1000:
+            raise ValueError(f"{steps} sampling steps; the schedule has 1 to 1000")
         return (np.round(1000 - np.arange(steps) * 1000 / steps) - 1).astype(int).tolist()
 
     def ddim(self, steps: int) -> list[tuple[int, float, float]]:
@@ -431,6 +434,15 @@ class FinalLayer(nn.Module):
         return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
 
+def guidance(weights: tuple[float, ...], hidden: Tensor) -> Tensor:
+    """One weight for each context of hidden (B, G, D) -> (G, 1)."""
+    if len(weights) != hidden.shape[1]:
+        raise ValueError(
+            f"got {len(weights)} guidance weights for {hidden.shape[1]} contexts; give one for each"
+        )
+    return torch.tensor(weights, device=hidden.device)[:, None]
+
+
 class DiffusionHead(nn.Module):
     """Predicts a latent by diffusion, conditioned on the hidden state before it (eq. 3, 5.1).
 
@@ -451,7 +463,7 @@ class DiffusionHead(nn.Module):
         self.final_layer = FinalLayer(w, c)
 
     def modulations(self, y: Tensor) -> list[Tensor]:
-        """y = time + condition (.., W) -> the AdaLN modulation of each block and the final layer."""
+        """y = time + condition (.., W) -> AdaLN modulations of each block and the final layer."""
         return [part.adaLN_modulation(y) for part in (*self.res_blocks, self.final_layer)]
 
     def denoise(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
@@ -507,9 +519,10 @@ class DiffusionHead(nn.Module):
         are computed ahead of the loop, many steps in one product.
         """
         batch, contexts, _ = hidden.shape
-        x = randn((batch, self.input_proj.in_features), hidden, generator) if noise is None else noise
-        x = x.float()
-        weights = torch.tensor(weights, device=hidden.device)[:, None]  # (G, 1)
+        if noise is None:
+            noise = randn((batch, self.input_proj.in_features), hidden, generator)
+        x = noise.float()
+        weights = guidance(weights, hidden)  # (G, 1)
         path = self.schedule.ddim(steps)
         time = self.time_embed(torch.tensor([t for t, _, _ in path], device=hidden.device))
         condition = self.cond_embed(hidden.to(time.dtype))  # (B, G, W)
@@ -638,7 +651,7 @@ class Orthus(nn.Module):
         return F.linear(hidden, self.lm_head.weight[start : start + self.config.num_codes]).float()
 
     def image_loss(self, hidden: Tensor, latents: Tensor, generator: Generator | None) -> Tensor:
-        """hidden (N, D) before each latent (N, C) -> L_diff, or what an ablation has in its place."""
+        """hidden (N, D) before each latent (N, C) -> L_diff, or an ablation's loss in its place."""
         if self.config.image_head == "diffusion":
             return self.diffusion_head.loss(hidden, latents, generator=generator)
         if self.config.image_head == "mse":
@@ -679,7 +692,7 @@ class Orthus(nn.Module):
         """
         if self.config.image_head == "diffusion":
             return self.diffusion_head.sample(hidden, weights, steps, noise)
-        weights = torch.tensor(weights, device=hidden.device)[:, None]
+        weights = guidance(weights, hidden)  # (G, 1)
         if self.config.image_head == "mse":
             output = (weights * self.regression_head(hidden)).sum(1)
             return output / self.regression_head.latent_scale
@@ -694,7 +707,7 @@ class Orthus(nn.Module):
         """Read the model of a checkpoint directory. dtype None keeps the stored one."""
         config, tensors = checkpoint.read_model(directory)
         with torch.device("meta"):
-            model = cls(OrthusConfig(**config))
+            model = cls(checkpoint.build(OrthusConfig, config, directory))
         checkpoint.assign(model, tensors, directory, device, dtype)
         return model
 

@@ -35,6 +35,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 from orthus import Orthus, OrthusConfig
+from sample import Parser
 from vae import VQVAE, VQVAEConfig
 
 
@@ -62,6 +63,7 @@ class TrainConfig:
     dtype: str = "bfloat16"  # of the matrix products (autocast)
     threads: int = 0  # CPU threads; 0 = one per core
     workers: int = 1  # data processes
+    compile: bool = False  # torch.compile the transformer and the diffusion head
     log_every: int = 50
     save_every: int = 500
 
@@ -70,9 +72,16 @@ PRESETS = {
     "tiny": {
         "vae": dict(steps=4500, batch_size=32, lr=1.5e-3),
         "decoder": dict(steps=1500, batch_size=32, lr=5e-4),
-        "chameleon": dict(steps=1500, batch_size=96, micro_batches=2, image_loss_weight=1.0),
-        "base": dict(steps=600, batch_size=64, lr=2e-3),
-        "posttrain": dict(steps=8000, batch_size=96, micro_batches=2),
+        "chameleon": dict(
+            seed=1, steps=1200, batch_size=96, micro_batches=3, image_loss_weight=1.0
+        ),
+        "base": dict(seed=2, steps=600, batch_size=64, lr=2e-3),
+        "posttrain": dict(seed=3, steps=8000, batch_size=96, micro_batches=3),
+    },
+    "7b": {  # the paper's settings
+        "decoder": dict(steps=15000, batch_size=256, lr=1e-5),
+        "base": dict(steps=15000, batch_size=32, lr=1e-4),
+        "posttrain": dict(steps=35000, batch_size=16, lr=1e-5, image_loss_weight=100.0),
     },
 }
 
@@ -210,6 +219,8 @@ def example_batches(config: TrainConfig, model: OrthusConfig, vae: VQVAEConfig, 
         parts = [data.collate(part, model, vae.resolution) for part in parts]
         images = [int((p.labels == model.image_id).sum()) for p in parts]
         texts = [int((p.labels != -100).sum()) - n for p, n in zip(parts, images, strict=True)]
+        if "image" in tasks:
+            texts = [0] * len(parts)  # stage 1 has no text loss
         return [
             MicroBatch(p, t / max(1, sum(texts)), n / max(1, sum(images)))
             for p, t, n in zip(parts, texts, images, strict=True)
@@ -231,11 +242,21 @@ def orthus_stage(config: TrainConfig, model: Orthus, tasks: dict[str, float]) ->
             latents = vae.encode(images).float().flatten(0, 1)  # (N, C)
         loss = model.loss(batch.tokens, latents, batch.labels, generator)
         text, image = loss.text * micro.text_share, loss.image * micro.image_share
-        return {"loss": text + config.image_loss_weight * image, "text": text, "image": image}
+        parts = {"loss": text + config.image_loss_weight * image, "text": text, "image": image}
+        if model.config.vision_embedding == "softmax":  # how many codes a latent mixes (eq. 4)
+            with torch.no_grad():
+                mixed = model.vision_embedding.effective_codes(latents[:256]).median()
+            parts["codes_mixed"] = mixed * micro.image_share
+        return parts
 
     def save(weights):
         checkpoint.write(config.out, {"model": dataclasses.asdict(model.config)}, model=weights)
 
+    if config.compile:
+        model.transformer = torch.compile(model.transformer, dynamic=True)
+        if model.config.image_head == "diffusion":
+            head = model.diffusion_head
+            head.forward = torch.compile(head.forward, dynamic=True)
     make = example_batches(config, model.config, vae.config, tokenizer, tasks)
     return Stage(model, make, losses, save)
 
@@ -243,9 +264,9 @@ def orthus_stage(config: TrainConfig, model: Orthus, tasks: dict[str, float]) ->
 def start_run(config: TrainConfig, model: OrthusConfig) -> None:
     """Give the run directory what does not change in it: autoencoder, tokenizer, defaults."""
     known = checkpoint.read_config(config.init)
-    _, vae = checkpoint.read_vae(config.init)
+    sizes, vae = checkpoint.read_vae(config.init)
     generation = known.get("generation", GENERATION | {"words": data.shapes_words()})
-    parts = {"model": dataclasses.asdict(model), "vae": known["vae"], "generation": generation}
+    parts = {"model": dataclasses.asdict(model), "vae": sizes, "generation": generation}
     if "model" in known:
         tokenizer = checkpoint.find_tokenizer(config.init)
     else:
@@ -323,6 +344,8 @@ GENERATION = {  # defaults of sample.py, kept in the checkpoint's config.json
     "cfg_scale": 3.0,
     "unconditional": UNCONDITIONAL,
     "image_first": True,  # an answer begins with an image where the prompt holds none
+    "max_tokens": 128,
+    "scale": 4,
 }
 STAGES = {
     "vae": vae_stage,
@@ -358,7 +381,7 @@ def batches(stage: Stage, config: TrainConfig, first: int) -> Iterator[object]:
             sampler=range(first, config.steps),
             num_workers=config.workers,
             prefetch_factor=8 if config.workers else None,
-            worker_init_fn=lambda _: torch.set_num_threads(1),
+            multiprocessing_context="fork" if config.workers else None,
         )
     )
 
@@ -373,12 +396,13 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what requires a gradient; weight decay on matrices that are not embeddings."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    """AdamW over what requires a gradient; weight decay on the matrices of linear layers and
+    convolutions, not on embeddings, norms and biases."""
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     groups = {True: [], False: []}
     for p in model.parameters():
         if p.requires_grad:
-            groups[p.ndim >= 2 and id(p) not in embeddings].append(p)
+            groups[id(p) in matrices].append(p)
     return torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": config.weight_decay},
@@ -413,8 +437,9 @@ def save_state(out: Path, model, optimizer, average: dict, step: int, config: Tr
 
 def train(name: str, config: TrainConfig) -> None:
     """Run one stage to its last step, or on from its state.pt."""
+    out = Path(config.out)
     stage = STAGES[name](config)
-    model, out = stage.model, Path(config.out)
+    model = stage.model
     out.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(model, config)
     average = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -424,7 +449,6 @@ def train(name: str, config: TrainConfig) -> None:
         model.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         average, first = state["average"], state["step"]
-    log = open(out / "log.jsonl", "a" if first else "w", encoding="utf-8")
     kind = torch.device(config.device).type
     autocast = torch.autocast(kind, getattr(torch, config.dtype), config.dtype != "float32")
     sums, started = {}, time.time()
@@ -439,26 +463,52 @@ def train(name: str, config: TrainConfig) -> None:
                 losses = stage.losses(micro, generator)
             losses["loss"].backward()
             parts = {key: parts.get(key, 0) + value.detach() for key, value in losses.items()}
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        parts["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_average(average, model, config.ema, step)
         if stage.after_step:
             stage.after_step(step, optimizer, average)
-        for key, value in (parts | {"grad_norm": norm}).items():
+        for key, value in parts.items():
             sums.setdefault(key, []).append(value)
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            line = {"stage": name, "step": step + 1, "lr": learning_rate(config, step)}
-            line |= {key: torch.stack(v).mean().item() for key, v in sums.items()}
-            line["seconds_per_step"] = (time.time() - started) / len(sums["loss"])
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            shown = {k: v for k, v in line.items() if k not in ("stage", "step")}
-            tqdm.write(f"{name} {step + 1} " + " ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+            means = {key: torch.stack(v).mean().item() for key, v in sums.items()}
+            means["seconds_per_step"] = (time.time() - started) / len(sums["loss"])
+            write_log(out, name, step + 1, learning_rate(config, step), means)
             sums, started = {}, time.time()
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             stage.save(average)
             save_state(out, model, optimizer, average, step + 1, config)
+
+
+def write_log(out: Path, name: str, step: int, lr: float, means: dict[str, float]) -> None:
+    """One line on the screen and in log.jsonl: the means over the interval."""
+    if not math.isfinite(means["loss"]):
+        raise ValueError(f"the loss is {means['loss']} at step {step}; lower --lr and --resume")
+    tqdm.write(f"{name} {step} lr {lr:.3g} " + " ".join(f"{k} {v:.4g}" for k, v in means.items()))
+    with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps({"stage": name, "step": step, "lr": lr} | means) + "\n")
+
+
+def train_all(config: dict) -> None:
+    """The whole road into one directory: a run directory per stage, then the result in bf16.
+
+    Stages that are finished are skipped, an interrupted one goes on.
+    """
+    out, init = Path(config["out"]), config.get("init", "")
+    for name in STAGES:
+        run = out / name
+        resume = (run / "state.pt").is_file()
+        stage = make_config(name, config | {"out": str(run), "init": init, "resume": resume})
+        if not resume or read_state(run)["step"] < stage.steps:
+            train(name, stage)
+        init = str(run)
+    _, model = checkpoint.read_model(init)
+    _, vae = checkpoint.read_vae(init)
+    model, vae = ({k: t.to(torch.bfloat16) for k, t in part.items()} for part in (model, vae))
+    tokenizer = checkpoint.find_tokenizer(init)
+    checkpoint.write(out, checkpoint.read_config(init), model, vae, tokenizer)
+    print(f"{out} is complete: python sample.py --checkpoint {out} --prompt ...")
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -472,33 +522,70 @@ def keep_memory() -> None:
             libc.mallopt(option, value)
 
 
-def parse(argv: list[str] | None = None) -> tuple[str, TrainConfig]:
-    """Flags are the fields of TrainConfig; those not given come from PRESETS."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stage", choices=STAGES)
+def read_state(run: Path) -> dict:
+    try:
+        return torch.load(run / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f"{run} has no state.pt to resume from; leave out --resume") from None
+    except Exception as error:
+        raise ValueError(f"{run / 'state.pt'} cannot be read ({error})") from None
+
+
+def make_config(name: str, given: dict) -> TrainConfig:
+    """Flags, over what a resumed run was started with, over the stage's preset."""
+    preset = given.get("preset", "tiny")
+    if preset not in PRESETS or name not in PRESETS[preset]:
+        known = ", ".join(p for p in PRESETS if name in PRESETS[p])
+        raise ValueError(f"no preset {preset!r} for stage {name}; known: {known}")
+    before = PRESETS[preset][name]
+    if given.get("resume"):
+        before = read_state(Path(given["out"]))["config"]
+    config = TrainConfig(**(before | given))
+    for field in ("steps", "batch_size", "micro_batches", "lr", "log_every", "save_every"):
+        if getattr(config, field) <= 0:
+            raise ValueError(f"--{field.replace('_', '-')} is {getattr(config, field)}; want > 0")
+    if not config.resume and (Path(config.out) / "state.pt").exists():
+        raise ValueError(f"{config.out} holds a run already; give --resume or another --out")
+    if name != "vae" and not config.init:
+        raise ValueError(f"stage {name} starts from a checkpoint: give --init DIR")
+    if config.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device {config.device!r} is not available here; try --device cpu")
+    if config.dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype is {config.dtype!r}; want bfloat16 or float32")
+    return config
+
+
+def parse(argv: list[str] | None = None) -> tuple[str, dict]:
+    """-> (stage, the flags given). Flags are the fields of TrainConfig."""
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=[*STAGES, "all"])
     for f in dataclasses.fields(TrainConfig):
-        flag = "--" + f.name.replace("_", "-")
+        flag, note = "--" + f.name.replace("_", "-"), f"default: {f.default}, or the preset's"
         if f.type is bool:
             parser.add_argument(flag, action="store_true", default=None)
         elif f.name == "betas":
-            parser.add_argument(flag, type=float, nargs=2)
+            parser.add_argument(flag, type=float, nargs=2, help=note)
         else:
-            parser.add_argument(flag, type=f.type)
+            parser.add_argument(flag, type=f.type, required=f.name == "out", help=note)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    name = given.pop("stage")
-    preset = PRESETS[given.get("preset", "tiny")][name]
-    return name, TrainConfig(**(preset | given))
+    return given.pop("stage"), given
 
 
 def main() -> None:
     keep_memory()
-    name, config = parse()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    name, given = parse()
+    if given.get("threads"):
+        torch.set_num_threads(given["threads"])
     try:
-        train(name, config)
-    except ValueError as error:
-        sys.exit(f"train.py: error: {error}")
+        if name == "all":
+            train_all(given)
+        else:
+            train(name, make_config(name, given))
+    except (ValueError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

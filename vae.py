@@ -275,6 +275,6 @@ class VQVAE(nn.Module):
         """Read the autoencoder of a checkpoint directory. dtype None keeps the stored one."""
         config, tensors = checkpoint.read_vae(directory)
         with torch.device("meta"):
-            vae = cls(VQVAEConfig(**config))
+            vae = cls(checkpoint.build(VQVAEConfig, config, directory))
         checkpoint.assign(vae, tensors, directory, device, dtype)
         return vae

@@ -1,0 +1,448 @@
+"""Evaluation: how good a model of the Shapes world is.
+
+    python evaluate.py shapes       text-to-image by GenEval's six categories, understanding by kind
+                                    of question, and the autoencoder that bounds both
+
+Text-to-image is judged as GenEval does it: a detector reads the picture, and what it found is
+compared with the caption. The detector knows nothing of what was drawn, it only looks at pixels.
+Reading order: detector, judge, autoencoder, the two tasks, report, command line.
+"""
+
+import argparse
+import functools
+import json
+import math
+import random
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+from data import Example, Thing
+from sample import Pipeline, Request, generate, load, number, pick_device
+from vae import VQVAE
+
+# --- The detector --------------------------------------------------------------------------------
+
+PALETTE = np.array(list(data.COLOURS.values()), float) - data.BACKGROUND  # (colours, 3)
+LENGTHS = np.linalg.norm(PALETTE, axis=1)
+SPECK = 20  # pixels; the smallest object has 67
+GRID, SPAN = 32, 1.1  # a patch: GRID x GRID samples of what lies within SPAN sqrt(area) of a centre
+ALIKE = 0.75  # overlap below which a blob is none of the shapes; rendered ones have 0.87 and more
+
+
+def dilate(mask: np.ndarray) -> np.ndarray:
+    """(H, W) of booleans, and the four neighbours of every true pixel."""
+    out = mask.copy()
+    out[1:] |= mask[:-1]
+    out[:-1] |= mask[1:]
+    out[:, 1:] |= mask[:, :-1]
+    out[:, :-1] |= mask[:, 1:]
+    return out
+
+
+def flood(seed: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The connected parts of mask (H, W) that seed (H, W) touches."""
+    reached = seed & mask
+    while (more := dilate(reached) & mask).sum() > reached.sum():
+        reached = more
+    return reached
+
+
+def patch(coverage: np.ndarray) -> tuple[np.ndarray, float, float, float]:
+    """Coverage (H, W) of one object -> samples (GRID^2,) free of place and size; x, y, area."""
+    area = coverage.sum()
+    rows, columns = np.indices(coverage.shape) + 0.5
+    x, y = (coverage * columns).sum() / area, (coverage * rows).sum() / area
+    half = SPAN * math.sqrt(area)
+    step = 2 * half / GRID
+    samples = Image.fromarray(coverage.astype(np.float32)).transform(
+        (GRID, GRID),
+        Image.Transform.AFFINE,
+        (step, 0, x - half, 0, step, y - half),
+        Image.Resampling.BILINEAR,
+    )
+    return np.asarray(samples).ravel(), float(x), float(y), float(area)
+
+
+@functools.cache
+def templates() -> tuple[np.ndarray, list[str], list[float]]:
+    """Every shape, turned and sized: patches (n, GRID * GRID), names, and area at r = 1."""
+    patches, names, areas = [], [], []
+    for shape in data.SHAPES:
+        for angle in np.linspace(-0.25, 0.25, 1 if shape == "circle" else 9):
+            for r in (6, 8, 11):  # small ones are blurred by their pixels
+                drawn = data.render([Thing(shape, "", 32, 32, r, angle)]).convert("L")
+                samples, _, _, area = patch(1 - np.asarray(drawn) / np.max(drawn))
+                patches.append(samples)
+                names.append(shape)
+                areas.append(area / r**2)
+    return np.stack(patches), names, areas
+
+
+def detect(image: Image.Image | np.ndarray) -> list[Thing]:
+    """Read a picture (64, 64, 3) of 8-bit RGB: shape, colour, x, y, r of every object in it.
+
+    A pixel is a mixture of the background and a colour: the palette's direction nearest to its
+    own says which colour, and how far it goes that way is the object's share of the pixel. White
+    digits look like background and are filled. What is like none of the shapes is a "blob".
+    """
+    pixels = np.asarray(image, float) - data.BACKGROUND
+    along = pixels @ (PALETTE / LENGTHS[:, None]).T  # (H, W, colours)
+    colour = along.argmax(-1)
+    coverage = (along.max(-1) / LENGTHS[colour]).clip(0, 1)
+    border = np.pad(np.zeros((data.CANVAS - 2,) * 2, bool), 1, constant_values=True)
+    todo = ~flood(border, coverage < 0.5)  # what the outside does not reach
+    found = []
+    while todo.any():
+        first = np.zeros_like(todo)
+        first.flat[todo.argmax()] = True
+        blob = flood(first, todo)
+        todo &= ~blob
+        if blob.sum() >= SPECK:
+            inside, around = ~dilate(~blob), dilate(blob)
+            votes = np.bincount(colour[blob], coverage[blob], len(PALETTE))
+            name = list(data.COLOURS)[votes.argmax()]
+            found.append(recognise(np.where(inside, 1, coverage * around), name))
+    return found
+
+
+def recognise(coverage: np.ndarray, colour: str) -> Thing:
+    """Coverage (H, W) of one blob -> the shape whose template overlaps it most."""
+    samples, x, y, area = patch(coverage)
+    patches, names, areas = templates()
+    overlap = np.minimum(patches, samples).sum(1) / np.maximum(patches, samples).sum(1)
+    best = overlap.argmax()
+    shape = names[best] if overlap[best] >= ALIKE else "blob"
+    return Thing(shape, colour, x, y, math.sqrt(area / areas[best]))
+
+
+def reads(things: list[Thing], seen: list[Thing], within: float = 3.0) -> bool:
+    """Whether `seen` is the whole scene and nothing else, each thing within so many pixels."""
+    if len(things) != len(seen):
+        return False
+    left = list(seen)
+    for t in things:
+        nearest = min(left, key=lambda s: math.hypot(s.x - t.x, s.y - t.y))
+        if nearest.name != t.name or math.hypot(nearest.x - t.x, nearest.y - t.y) > within:
+            return False
+        left.remove(nearest)
+    return True
+
+
+# --- The judge -----------------------------------------------------------------------------------
+
+
+def judge(example: Example, seen: list[Thing]) -> bool:
+    """Whether a picture with the things `seen` is what the example's caption asks for.
+
+    The picture must hold the caption's things and no others. Colours count where the caption
+    names them.
+    """
+    colourless = example.kind in ("one object", "two objects")
+    names = [sorted(t.shape if colourless else t.name for t in ts) for ts in (example.things, seen)]
+    if names[0] != names[1]:
+        return False
+    return example.kind != "position" or stands_as_said(example.segments[0].content, seen)
+
+
+def stands_as_said(caption: str, seen: list[Thing]) -> bool:
+    """Whether "a red circle left of a blue square" is true of these two things.
+
+    The offset that way may be a little smaller than the other one: on the diagonal both are true.
+    """
+    word = next(word for word in data.RELATIONS if f" {word} " in caption)
+    first = caption.split(f" {word} ")[0].split(" ", 1)[1]
+    a, b = sorted(seen, key=lambda t: t.name != first)
+    (x, y), (dx, dy) = data.RELATIONS[word], (a.x - b.x, a.y - b.y)
+    return x * dx + y * dy > 0.8 * abs(y * dx + x * dy)
+
+
+# --- The autoencoder -----------------------------------------------------------------------------
+
+
+def psnr(images: Tensor, truth: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1], twice -> decibels (B,)."""
+    return -10 * (images - truth).square().mean((1, 2, 3)).log10()
+
+
+def ssim(images: Tensor, truth: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1], twice -> (B,): Wang et al. 2004, an 11 x 11 Gaussian of sigma 1.5.
+
+    The mean over channels and over the places where the window fits.
+    """
+    steps = torch.arange(11, device=images.device) - 5.0
+    window = torch.exp(-steps.square() / (2 * 1.5**2))
+    window = torch.outer(window, window)[None, None] / window.sum() ** 2  # (1, 1, 11, 11)
+    x, y = images.flatten(0, 1)[:, None], truth.flatten(0, 1)[:, None]  # (B * 3, 1, H, W)
+    mx, my, mxx, myy, mxy = (F.conv2d(v, window) for v in (x, y, x * x, y * y, x * y))
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
+    contrast = (2 * (mxy - mx * my) + c2) / (mxx - mx * mx + myy - my * my + c2)
+    return (luminance * contrast).view(*images.shape[:2], -1).mean((1, 2))
+
+
+@torch.no_grad()
+def autoencoder_report(vae: VQVAE, seed: int, scenes: int) -> dict[str, dict[str, float]]:
+    """PSNR, SSIM and the share of scenes still readable, after the codes and without them."""
+    device = next(vae.parameters()).device
+    sums = {kind: np.zeros(3) for kind in ("quantised", "continuous")}
+    for first in tqdm(range(0, scenes, 50), "autoencoder", unit="batch"):
+        batch = range(first, min(first + 50, scenes))
+        worlds = [data.random_scene(random.Random(f"evaluate scene {seed} {i}")) for i in batch]
+        images = [data.to_tensor(data.render(things), data.CANVAS) for things in worlds]
+        images = torch.stack(images).to(device)
+        latents = vae.encode(images.to(next(vae.parameters()).dtype))
+        for kind, z in ("quantised", vae.lookup(vae.quantize(latents))), ("continuous", latents):
+            decoded = vae.decode(z).float().clamp(-1, 1)
+            readable = [
+                reads(t, detect(data.to_image(d))) for t, d in zip(worlds, decoded, strict=True)
+            ]
+            decoded, truth = (decoded + 1) / 2, (images + 1) / 2
+            parts = psnr(decoded, truth).sum(), ssim(decoded, truth).sum(), sum(readable)
+            sums[kind] += [float(part) for part in parts]
+    names = ("psnr", "ssim", "readable")
+    return {
+        kind: dict(zip(names, (total / scenes).tolist(), strict=True))
+        for kind, total in sums.items()
+    }
+
+
+# --- The two tasks -------------------------------------------------------------------------------
+
+UNSEEN = "unseen combinations"  # a row of the table
+
+
+@dataclass
+class Verdict:
+    """One example answered: the picture drawn or asked about, what was made of it, right or not."""
+
+    row: str  # of the table
+    image: Image.Image
+    label: str
+    right: bool
+
+
+def caption_examples(seed: int, count: int) -> list[tuple[str, Example]]:
+    """(row of the table, example): the six kinds in turn, then as many again of a sixth of them
+    whose caption names a combination that training never shows."""
+    kinds = list(data.GENEVAL)
+    examples = []
+    for i in range(count):
+        rng, kind = random.Random(f"evaluate caption {seed} {i}"), kinds[i % len(kinds)]
+        examples.append((kind, data.text_to_image(rng, kind)))
+    for i in range(math.ceil(count / len(kinds))):
+        rng, kind = random.Random(f"evaluate unseen {seed} {i}"), kinds[2 + i % 4]
+        while not (example := data.text_to_image(rng, kind, allow_unseen=True)).unseen:
+            pass
+        examples.append((UNSEEN, example))
+    return examples
+
+
+
+def draw(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
+    """Draw held-out captions and judge the pictures."""
+    examples = caption_examples(seed, count)
+    requests = [Request(e.segments[:1], seed + i) for i, (_, e) in enumerate(examples)]
+    verdicts = []
+    answers = generate(pipeline, requests, **options)
+    for (row, example), answer in zip(examples, answers, strict=True):
+        image = answer.images[0] if answer.images else Image.new("RGB", (data.CANVAS,) * 2)
+        seen = detect(image)
+        right = bool(answer.images) and judge(example, seen)
+        label = example.segments[0].content
+        if not right:
+            label += "\nsaw " + (", ".join(t.name for t in seen) or "nothing")
+        verdicts.append(Verdict(row, image, label, right))
+    return verdicts
+
+
+def ask(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
+    """Ask questions about held-out scenes; an answer is right if it is the expected one exactly."""
+    examples = []
+    for i in range(count):
+        kind = list(data.QUESTIONS)[i % len(data.QUESTIONS)]
+        rng = random.Random(f"evaluate question {seed} {i}")
+        examples.append(data.understanding(rng, kind=kind))
+    requests = [Request(e.segments[:2], seed + i) for i, e in enumerate(examples)]
+    verdicts = []
+    answers = generate(pipeline, requests, **options)
+    for example, answer in zip(examples, answers, strict=True):
+        image, question, expected = (s.content for s in example.segments)
+        said = answer.text.strip()
+        label = f"{question}\n" + (said if said == expected else f"not {expected}, but {said}")
+        verdicts.append(Verdict(example.kind, image, label, said == expected))
+    return verdicts
+
+
+# --- Report --------------------------------------------------------------------------------------
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """95% interval of a rate (Wilson's score interval)."""
+    z = 1.96
+    rate, width = right / total, z * z / total
+    centre = (rate + width / 2) / (1 + width)
+    half = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total**2)) / (1 + width)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def tally(verdicts: list[Verdict]) -> dict[str, dict]:
+    """Rows of a table: right, total, rate, interval by row; "all" leaves UNSEEN out."""
+    rows = {}
+    for v in verdicts:
+        rows.setdefault(v.row, []).append(v.right)
+    unseen = rows.pop(UNSEEN, None)
+    rows["all"] = [right for row in rows.values() for right in row]
+    if unseen:
+        rows[UNSEEN] = unseen
+    return {
+        name: {
+            "right": sum(row),
+            "total": len(row),
+            "rate": sum(row) / len(row),
+            "interval": wilson(sum(row), len(row)),
+        }
+        for name, row in rows.items()
+    }
+
+
+def show(results: dict) -> str:
+    """The results as text."""
+    lines = [f"{'autoencoder':24}{'PSNR dB':>8}{'SSIM':>8}{'readable':>10}"]
+    for kind, row in results["autoencoder"].items():
+        lines.append(f"  {kind:22}{row['psnr']:8.2f}{row['ssim']:8.3f}{row['readable']:10.1%}")
+    for task in ("text to image", "understanding"):
+        if task in results:
+            lines += ["", f"{task:24}{'right':>8}{'total':>8}{'rate':>10}   95% interval"]
+        for name, row in results.get(task, {}).items():
+            low, high = row["interval"]
+            counts = f"{row['right']:8}{row['total']:8}{row['rate']:10.1%}"
+            lines.append(f"  {name:22}{counts}   {low:.1%} to {high:.1%}")
+    return "\n".join(lines)
+
+
+def contact_sheet(verdicts: list[Verdict], columns: int = 12, rows: int = 8) -> Image.Image:
+    """The first pictures, enlarged, each with its label: green if right, red if wrong.
+
+    Examples take the kinds in turn, so that a column holds one kind.
+    """
+    side, text, gap = 3 * data.CANVAS, 64, 8
+    shown = verdicts[: columns * rows]
+    columns, rows = min(columns, len(shown)), math.ceil(len(shown) / columns)
+    size = (columns * (side + gap) + gap, rows * (side + text + gap) + gap)
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=12)
+    pen = ImageDraw.Draw(sheet)
+    for i, v in enumerate(shown):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text + gap)
+        sheet.paste(v.image.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        lines = [part for line in v.label.split("\n") for part in textwrap.wrap(line, 30)]
+        ink = (20, 120, 50) if v.right else (200, 30, 30)
+        pen.multiline_text((x, y + side + 2), "\n".join(lines[:4]), ink, font, spacing=2)
+    return sheet
+
+
+# --- Command line --------------------------------------------------------------------------------
+
+SCENES = 500  # held-out scenes for the autoencoder
+
+
+def evaluate_shapes(args: argparse.Namespace) -> dict:
+    """Everything that `evaluate.py shapes` reports, as JSON has it."""
+    device = pick_device(args.device)
+    results = {key: getattr(args, key) for key in ("checkpoint", "seed", "steps", "cfg_scale")}
+    sheets = {}
+    if args.prompts or args.questions:
+        pipeline = load(args.checkpoint, device)
+        vae = pipeline.vae
+        for name in ("steps", "cfg_scale"):
+            if results[name] is None:
+                results[name] = pipeline.defaults[name]
+    else:
+        vae = VQVAE.from_pretrained(args.checkpoint, device, torch.float32)
+    if vae.config.resolution != data.CANVAS:
+        raise ValueError(
+            f"{args.checkpoint} makes pictures of {vae.config.resolution} pixels; the Shapes world "
+            f"has {data.CANVAS}: give a checkpoint that was trained on it"
+        )
+    results["autoencoder"] = autoencoder_report(vae, args.seed, SCENES)
+    size = args.batch_size
+    if args.prompts:
+        options = dict(steps=args.steps, cfg_scale=args.cfg_scale, batch_size=size)
+        sheets["text to image"] = draw(pipeline, args.seed, args.prompts, **options)
+    if args.questions:  # guidance is for images: one row a question is enough
+        options = dict(cfg_scale=1, batch_size=size)
+        sheets["understanding"] = ask(pipeline, args.seed, args.questions, **options)
+    for task, verdicts in sheets.items():
+        results[task] = tally(verdicts)
+        if args.samples:
+            name = task.replace(" ", "_") + ".png"
+            contact_sheet(verdicts).save(args.samples / name)
+    return results
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, without the usage."""
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    shapes = commands.add_parser(
+        "shapes",
+        help="quality of a model of the Shapes world",
+        description="Quality of a model of the Shapes world, on held-out captions and scenes.",
+        epilog="example: python evaluate.py shapes --samples sheets --json shapes.json",
+    )
+    count = number(int, 0, 100_000)
+    add = shapes.add_argument
+    tiny = str(Path(__file__).parent / "checkpoints" / "tiny")
+    add("--checkpoint", default=tiny, metavar="DIR", help="default: checkpoints/tiny")
+    add("--seed", type=number(int, 0, 2**31), default=1000, metavar="N",
+        help="of the held-out examples, and of sampling (default: 1000)")
+    add("--prompts", type=count, default=500, metavar="N",
+        help="captions to draw, the six kinds in turn; 0 leaves drawing out (default: 500)")
+    add("--questions", type=count, default=500, metavar="N",
+        help="questions to ask, their kinds in turn; 0 leaves them out (default: 500). With "
+        "--prompts 0 too, the checkpoint needs an autoencoder alone")
+    add("--json", type=Path, metavar="FILE", help="write the numbers here too")
+    add("--samples", type=Path, metavar="DIR", help="save sheets of pictures, labelled with what "
+        "was asked, green if right, red if wrong")
+    add("--steps", type=number(int, 1, 1000), metavar="N",
+        help="DDIM steps (default: the checkpoint's)")
+    add("--cfg-scale", type=number(float, 0, 100), metavar="S",
+        help="guidance; 1 is none (default: the checkpoint's)")
+    add("--batch-size", type=number(int, 1, 4096), default=64, metavar="N",
+        help="requests answered at a time (default: 64)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+            raise ValueError(f"--json {args.json} is not a file in a folder that exists")
+        if args.samples:
+            args.samples.mkdir(parents=True, exist_ok=True)
+        results = evaluate_shapes(args)
+        print(show(results))
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

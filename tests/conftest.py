@@ -1,0 +1,73 @@
+"""Lets tests import the top-level files, and holds the few helpers that several of them share."""
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def close(got: Tensor, wanted: Tensor, atol: float = 1e-5, rtol: float = 0.0) -> None:
+    torch.testing.assert_close(got, wanted, atol=atol, rtol=rtol, check_dtype=False)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter a seeded value that shows in the outputs: no norm stays the identity, no
+    bias and no zero-initialised layer stays zero."""
+    generator = seeded(seed)
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if name.endswith("bias"):
+            value = 0.3 * noise
+        elif p.ndim == 1 or "q_norm" in name or "k_norm" in name:
+            value = 1 + 0.3 * noise
+        elif "embed_tokens" in name or "codebook" in name or "quantize" in name:
+            value = noise
+        else:
+            value = noise * p[0].numel() ** -0.5
+        p.copy_(value)
+    return module
+
+
+def read_fixture(name: str) -> tuple[dict[str, Tensor], dict]:
+    """-> tensors and config of a file that tests/make_fixtures.py recorded from a peer library."""
+    with safe_open(ROOT / "tests" / "fixtures" / f"{name}.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(
+            file.metadata()["config"]
+        )
+
+
+def complaint(action) -> str:
+    """The one-line message of the ValueError that action() must raise."""
+    with pytest.raises(ValueError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def attributes_read(outside: str) -> set[str]:
+    """Names of the attributes that the top-level files read, the class `outside` left out."""
+    read = set()
+    for path in ROOT.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if getattr(node, "name", None) != outside]
+        nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+        read |= {node.attr for node in nodes if isinstance(node.ctx, ast.Load)}
+    return read

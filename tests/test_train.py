@@ -1,0 +1,279 @@
+"""train.py: stages on a small model, resume, and what each stage may change."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+import data
+import orthus
+import train
+import vae
+from orthus import Orthus
+from vae import VQVAE
+
+FAST = dict(steps=4, batch_size=6, workers=0, log_every=2, save_every=2, dtype="float32")
+TRANSFORMER_STAGES = ("chameleon", "base", "posttrain")
+
+
+@pytest.fixture(autouse=True)
+def small_presets(monkeypatch):
+    small = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_width=32)
+    monkeypatch.setitem(orthus.PRESETS, "tiny", orthus.PRESETS["tiny"] | small)
+    monkeypatch.setitem(vae.PRESETS, "tiny", vae.PRESETS["tiny"] | dict(base_channels=8))
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """`train.py all`, two steps a stage -> the directory."""
+    out = tmp_path_factory.mktemp("road") / "all"
+    with pytest.MonkeyPatch.context() as patch:
+        small = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_width=32)
+        patch.setitem(orthus.PRESETS, "tiny", orthus.PRESETS["tiny"] | small)
+        patch.setitem(vae.PRESETS, "tiny", vae.PRESETS["tiny"] | dict(base_channels=8))
+        train.train_all(FAST | {"out": str(out), "steps": 2})
+    return out
+
+
+def config(name: str, out, init="", **changes) -> train.TrainConfig:
+    return train.make_config(name, FAST | {"out": str(out), "init": str(init)} | changes)
+
+
+def before(road, name: str):
+    """The checkpoint that a stage starts from."""
+    road_so_far = ["", *(road / stage for stage in train.STAGES)]
+    return road_so_far[list(train.STAGES).index(name)]
+
+
+def tensors(directory) -> dict[str, torch.Tensor]:
+    state = torch.load(directory / "state.pt", weights_only=True)
+    moments = {
+        f"{i}.{key}": value
+        for i, moments in state["optimizer"]["state"].items()
+        for key, value in moments.items()
+    }
+    return state["weights"] | {f"ema.{k}": v for k, v in state["average"].items()} | moments
+
+
+# --- The road ---
+
+
+def test_the_road_ends_in_a_checkpoint_that_samples(road):
+    import sample
+
+    pipeline = sample.load(road)
+    assert {t.dtype for t in checkpoint.read_model(road)[1].values()} == {torch.bfloat16}
+    answer = sample.generate(
+        pipeline, [sample.Request([data.Segment("a star")])], steps=2, progress=False
+    )
+    assert len(answer[0].images) == 1
+
+
+def test_every_stage_logs_its_losses_apart(road):
+    for name in train.STAGES:
+        lines = [json.loads(line) for line in (road / name / "log.jsonl").open()]
+        assert [line["step"] for line in lines] == [2]
+        wanted = {"text", "image"} if name in TRANSFORMER_STAGES else {"loss"}
+        assert wanted <= set(lines[0])
+
+
+def test_an_interrupted_road_goes_on_where_it_stopped(road, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *a: pytest.fail("every stage is finished"))
+    train.train_all(FAST | {"out": str(road), "steps": 2})
+
+
+@pytest.mark.parametrize("name", ["vae", "posttrain"])
+def test_resume_is_bitwise(road, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(train, "QUANTISE_FROM", 1)
+    monkeypatch.setattr(train, "REVIVE_EVERY", 3)
+    init = before(road, name)
+    train.train(name, config(name, tmp_path / "whole", init))
+
+    class Stop(Exception):
+        pass
+
+    def save_and_stop(*args):
+        save_state(*args)
+        raise Stop
+
+    save_state = train.save_state
+    monkeypatch.setattr(train, "save_state", save_and_stop)
+    with pytest.raises(Stop):
+        train.train(name, config(name, tmp_path / "parts", init))
+    monkeypatch.setattr(train, "save_state", save_state)
+    train.train(name, train.make_config(name, {"out": str(tmp_path / "parts"), "resume": True}))
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+# --- What a stage trains ---
+
+TRAINED = {
+    "vae": lambda name: True,
+    "decoder": lambda name: name.startswith(("decoder.", "post_quant_conv.")),
+    "chameleon": lambda name: name != "vision_embedding.codebook.weight",
+    "base": lambda name: name.startswith(("vision_embedding.", "diffusion_head.", "embed_tokens")),
+    "posttrain": lambda name: True,
+}
+
+
+@pytest.mark.parametrize("name", train.STAGES)
+def test_a_stage_changes_what_it_trains_and_nothing_else(road, tmp_path, name):
+    settings = config(name, tmp_path / name, before(road, name))
+    stage = train.STAGES[name](settings)
+    trained = {n for n, p in stage.model.named_parameters() if p.requires_grad}
+    everything = {n for n, _ in stage.model.named_parameters()}
+    assert trained == {n for n in everything if TRAINED[name](n)}
+    groups = train.make_optimizer(stage.model, settings).param_groups
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(trained)
+    start = {n: p.detach().clone() for n, p in stage.model.named_parameters()}
+    train.train(name, settings)
+    end = torch.load(tmp_path / name / "state.pt", weights_only=True)["weights"]
+    changed = {n for n in everything if not torch.equal(start[n], end[n])}
+    assert changed <= trained
+    still = trained - changed  # the codebook has no gradient in the first, unquantised steps
+    assert still <= ({"quantize.embedding.weight"} if name == "vae" else set())
+    if name == "base":
+        codes = slice(4, 4 + stage.model.config.num_codes)
+        moved = (start["embed_tokens.weight"] != end["embed_tokens.weight"]).any(1)
+        assert moved[codes].any() and not moved[: codes.start].any()
+        assert not moved[codes.stop :].any()
+
+
+def test_embeddings_and_vectors_have_no_weight_decay(road, tmp_path):
+    settings = config("posttrain", tmp_path / "x", before(road, "posttrain"))
+    model = train.STAGES["posttrain"](settings).model
+    decayed, plain = train.make_optimizer(model, settings).param_groups
+    assert decayed["weight_decay"] > 0 and plain["weight_decay"] == 0
+    undecayed = {id(p) for p in plain["params"]}
+    assert id(model.embed_tokens.weight) in undecayed
+    assert id(model.vision_embedding.codebook.weight) in undecayed
+    assert id(model.layers[0].self_attn.q_norm.weight) not in {id(p) for p in decayed["params"]}
+    assert id(model.layers[0].mlp.up_proj.weight) in {id(p) for p in decayed["params"]}
+
+
+# --- The conversion Chameleon -> Orthus ---
+
+
+def test_base_starts_from_chameleon_and_a_head_that_outputs_zero(road, tmp_path):
+    settings = config("base", tmp_path / "x", before(road, "base"))
+    old, model = Orthus.from_pretrained(settings.init), train.to_orthus(settings)
+    assert (old.config.vision_embedding, old.config.image_head) == ("argmin", "tokens")
+    assert (model.config.vision_embedding, model.config.image_head) == ("softmax", "diffusion")
+    new = model.state_dict()
+    assert all(torch.equal(t, new[name]) for name, t in old.state_dict().items())
+    autoencoder = VQVAE.from_pretrained(settings.init)
+    codebook = autoencoder.quantize.embedding.weight
+    assert torch.equal(new["vision_embedding.codebook.weight"], codebook)
+    latents = autoencoder.encode(data.scene_images(5, 5, 32)).flatten(0, 1)
+    assert model.vision_embedding.effective_codes(latents).median().item() == pytest.approx(
+        train.MIXED_CODES, rel=0.2
+    )
+    assert (latents * model.config.latent_scale).std().item() == pytest.approx(1, rel=0.1)
+    t = torch.randint(1000, (8,))
+    assert (model.diffusion_head(latents[:8], t, torch.randn(8, 64)) == 0).all()
+    model.vision_embedding.tau = 1e-9
+    assert torch.allclose(model.vision_embedding(latents), old.vision_embedding(latents))
+
+
+def test_dead_codes_are_revived_in_the_average_too(road, tmp_path):
+    settings = config("vae", tmp_path / "x", steps=1000)
+    stage = train.STAGES["vae"](settings)
+    codebook = stage.model.quantize.embedding.weight
+    with torch.no_grad():
+        codebook[7] = 1e3  # so far away that no latent is near it
+    average = {n: p.detach().clone() for n, p in stage.model.named_parameters()}
+    optimizer = train.make_optimizer(stage.model, settings)
+    stage.after_step(train.REVIVE_EVERY - 1, optimizer, average)
+    assert codebook[7].abs().max() < 100
+    assert torch.equal(codebook[7], average["quantize.embedding.weight"][7])
+
+
+# --- Data, schedule, average ---
+
+
+def test_batches_depend_on_seed_and_step_alone(road, tmp_path):
+    settings = config("posttrain", tmp_path / "x", before(road, "posttrain"))
+    stage = train.STAGES["posttrain"](settings)
+    here = [b for b, _ in zip(train.batches(stage, settings, 0), range(3), strict=False)]
+    worker = dataclasses.replace(settings, workers=1)
+    there = [b for b, _ in zip(train.batches(stage, worker, 1), range(2), strict=False)]
+    for a, b in zip(here[1:], there, strict=True):
+        assert torch.equal(a[0].batch.tokens, b[0].batch.tokens)
+        assert torch.equal(a[0].batch.images, b[0].batch.images)
+    assert here[0][0].batch.tokens.tolist() != here[1][0].batch.tokens.tolist()
+
+
+def test_micro_batches_add_up_to_the_whole(road, tmp_path):
+    sums = []
+    for parts in (1, 3):
+        settings = config(
+            "chameleon", tmp_path / str(parts), before(road, "chameleon"), micro_batches=parts
+        )
+        stage = train.STAGES["chameleon"](settings)
+        micro = stage.batch(0)
+        assert len(micro) == parts
+        losses = [stage.losses(m, torch.Generator()) for m in micro]
+        sums.append({key: sum(part[key].item() for part in losses) for key in losses[0]})
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+
+
+def test_a_tenth_of_the_prompts_for_images_is_the_unconditional_one(road, tmp_path):
+    settings = config(
+        "posttrain", tmp_path / "x", before(road, "posttrain"), batch_size=600, micro_batches=1
+    )
+    stage = train.STAGES["posttrain"](settings)
+    (micro,) = stage.batch(0)
+    tokenizer = data.Tokenizer.from_pretrained(settings.out)
+    texts = [tokenizer.decode(row) for row in micro.batch.tokens.tolist()]
+    drawn = sum("?" not in t and "Describe" not in t for t in texts)
+    assert 0.06 < sum(t == train.UNCONDITIONAL for t in texts) / drawn < 0.14
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    settings = train.TrainConfig(steps=100, lr=1.0, warmup=0.1)
+    rates = [train.learning_rate(settings, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 == rates[10]
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.001
+
+
+def test_average_follows_the_weights():
+    model = torch.nn.Linear(2, 2)
+    average = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    train.update_average(average, model, 0.9, 10**6)
+    assert torch.allclose(average["weight"], 0.1 * model.weight)
+
+
+# --- Bad input ---
+
+BAD = {
+    "no checkpoint to start from": (["posttrain"], "--init"),
+    "missing checkpoint": (["posttrain", "--init", "/nowhere"], "nowhere"),
+    "nothing to resume": (["vae", "--resume"], "state.pt"),
+    "no steps": (["vae", "--steps", "0"], "--steps"),
+    "unknown stage": (["pretrain"], "pretrain"),
+    "unknown preset": (["vae", "--preset", "70b"], "70b"),
+    "absent device": (["vae", "--device", "cuda:99"], "cuda:99"),
+    "unknown dtype": (["vae", "--dtype", "int8"], "int8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
+    args, wanted = BAD[case]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and wanted in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_never_overwritten_by_accident(road, tmp_path):
+    with pytest.raises(ValueError, match="--resume or another --out"):
+        config("vae", road / "vae")
