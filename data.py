@@ -4,7 +4,7 @@ Reading order: Segment and layout (how a conversation of text and images becomes
 and labels), Batch, then the Shapes world, a small world of coloured shapes that is drawn on the
 fly from a seed and has an exact answer to every question that is asked about it.
 
-Sequence layout (paper section 4.1, REFERENCE of the release):
+Sequence layout (the paper's, with the released model's turns):
 
     <bos> user's text and images <sep> model's text and images <sep> user ... <sep> model <sep>
     an image is <boi> <image> x L <eoi>: one placeholder per latent

@@ -664,7 +664,7 @@ class Orthus(nn.Module):
     def loss(
         self, tokens: Tensor, latents: Tensor, labels: Tensor, generator: Generator | None = None
     ) -> OrthusLoss:
-        """L = L_ar + lambda L_diff (section 4.2).
+        """L = L_ar + lambda L_diff, stage 2's objective.
 
         labels (B, T) are unshifted: -100 is ignored, image_id stands at the placeholders of output
         images, whose latents alone enter the image loss, any other id is a text target.

@@ -4,15 +4,17 @@
     python sample.py --image picture.png --prompt "How many circles are there?"
 
 The last token decides which head speaks: <boi> hands over to the diffusion head for L latents,
-<eoi> is appended, text goes on, until <sep> or the budget (paper, section 4.1). Text-to-image and
+<eoi> is appended, text goes on, until <sep> or the budget. Text-to-image and
 question answering are prompts, not modes. Reading order: Request and Answer, contexts (guidance),
-decode (the loop), generate (batches), then the command line.
+decode (the loop), stream (batches), then the command line.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -225,7 +227,7 @@ def read_out(decoding: Decoding, pipeline: Pipeline) -> Answer:
     return answer
 
 
-def generate(
+def stream(
     pipeline: Pipeline,
     requests: list[Request],
     steps: int | None = None,
@@ -235,11 +237,11 @@ def generate(
     max_tokens: int | None = None,
     batch_size: int = 16,
     progress: bool = True,
-) -> list[Answer]:
-    """Answer requests, `batch_size` at a time. None takes the checkpoint's default.
+) -> Iterator[Answer]:
+    """Answer requests in order, `batch_size` at a time. None takes the checkpoint's default.
 
     Image j of a request is drawn from noise seeded with seed + j, whatever it is batched with.
-    Raises ValueError where a prompt leaves no room for an answer.
+    Raises ValueError, before anything is drawn, where a prompt leaves no room for an answer.
     """
     defaults = pipeline.defaults
     steps = defaults["steps"] if steps is None else steps
@@ -247,13 +249,20 @@ def generate(
     max_tokens = defaults["max_tokens"] if max_tokens is None else max_tokens
     for request in requests:
         check_budget(pipeline, request, max_tokens)
-    answers = []
-    with tqdm(total=0, desc="latents", disable=not progress, leave=False) as bar:
-        for i in range(0, len(requests), batch_size):
-            part = requests[i : i + batch_size]
-            args = (steps, cfg_scale, temperature, top_p, max_tokens, bar)
-            answers += decode(pipeline, part, *args)
-    return answers
+
+    def batches() -> Iterator[Answer]:
+        with tqdm(total=0, desc="latents", disable=not progress, leave=False) as bar:
+            for i in range(0, len(requests), batch_size):
+                part = requests[i : i + batch_size]
+                args = (steps, cfg_scale, temperature, top_p, max_tokens, bar)
+                yield from decode(pipeline, part, *args)
+
+    return batches()
+
+
+def generate(pipeline: Pipeline, requests: list[Request], **options) -> list[Answer]:
+    """All answers of stream(), which has the options."""
+    return list(stream(pipeline, requests, **options))
 
 
 def check_budget(pipeline: Pipeline, request: Request, max_tokens: int) -> None:
@@ -316,7 +325,8 @@ def read_requests(path: str, seed: int) -> list[tuple[str, Request]]:
         try:
             entry = json.loads(line)
             text, images = entry["prompt"], entry.get("images") or []
-            request = Request(read_prompt(text, images), int(entry.get("seed") or seed))
+            own = entry.get("seed")
+            request = Request(read_prompt(text, images), seed if own is None else int(own))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} line {number}: {describe(error)}") from None
         requests.append((text, request))
@@ -411,6 +421,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.prompt or args.image) == bool(args.requests):
         parser.error("give --prompt (with or without --image), or --requests FILE")
+    if args.requests and args.num_images > 1:
+        parser.error("--num-images goes with --prompt; repeat the line in the --requests file")
     return args
 
 
@@ -427,30 +439,31 @@ def run(args: argparse.Namespace) -> None:
         ]
     pipeline = load(args.checkpoint, device, getattr(torch, args.dtype) if args.dtype else None)
     warn_unknown_words([text for text, _ in requests], pipeline.defaults.get("words", []))
-    answers = generate(
+    answers = stream(
         pipeline, [request for _, request in requests], args.steps, args.cfg_scale,
         args.temperature, args.top_p, args.max_tokens, args.batch_size,
     )
     output, scale = Path(args.output), args.scale or pipeline.defaults.get("scale", 1)
     output.mkdir(parents=True, exist_ok=True)
-    results, count = [], 0
-    for (text, request), answer in zip(requests, answers, strict=True):
-        paths = []
-        for image in answer.images:
-            path = output / f"{count:04d}.png"
-            size = (image.width * scale, image.height * scale)
-            image.resize(size, Image.Resampling.BICUBIC).save(path)
-            paths.append(str(path))
-            count += 1
-        results.append(
-            {"prompt": text, "text": answer.text, "images": paths, "seed": request.seed}
-        )
-        if not args.requests:
-            print(*paths, *([answer.text] if answer.text else []), f"(seed {request.seed})")
+    with contextlib.ExitStack() as files:
+        if args.requests:
+            results = files.enter_context(open(output / "results.jsonl", "w", encoding="utf-8"))
+        count = 0
+        for (text, request), answer in zip(requests, answers, strict=True):
+            names = [str(output / f"{count + i:04d}.png") for i in range(len(answer.images))]
+            count += len(names)
+            for name, image in zip(names, answer.images, strict=True):
+                size = (image.width * scale, image.height * scale)
+                image.resize(size, Image.Resampling.BICUBIC).save(name)
+            if args.requests:
+                line = {"prompt": text, "text": answer.text, "images": names, "seed": request.seed}
+                results.write(json.dumps(line, ensure_ascii=False) + "\n")
+                results.flush()
+            else:
+                said = [*names, answer.text, f"(seed {request.seed})"]
+                tqdm.write(" ".join(filter(None, said)))
     if args.requests:
-        lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
-        (output / "results.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"{output / 'results.jsonl'}: {len(results)} answers, {count} images")
+        print(f"{output / 'results.jsonl'}: {len(requests)} answers, {count} images")
     print(f"{time.time() - started:.1f} seconds")
 
 

@@ -3,8 +3,8 @@
     vae         the autoencoder, as a VQ-VAE                                  (Chameleon's)
     decoder     its decoder on continuous latents, the encoder frozen         (appendix A)
     chameleon   the discrete ancestor: argmin embedding, image tokens         (eq. 1, 2)
-    base        stage 1: softmax embedding and diffusion head, images only    (section 4.2)
-    posttrain   stage 2: everything but the autoencoder, L_ar + lambda L_diff (section 4.2)
+    base        stage 1: softmax embedding and diffusion head, images only    (eq. 3, 4)
+    posttrain   stage 2: everything but the autoencoder, L_ar + lambda L_diff
     all         the whole road into one directory
 
 A run directory is a checkpoint (see checkpoint.py) of the averaged weights, plus state.pt, from
@@ -16,10 +16,12 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import inspect
 import json
 import math
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,25 +49,25 @@ class TrainConfig:
     init: str = ""  # checkpoint directory to start from
     preset: str = "tiny"  # tiny or 7b
     resume: bool = False  # go on from the run directory's state.pt
-    seed: int = 0
-    steps: int = 1000
-    batch_size: int = 64
+    seed: int = 0  # of weights, data and noise
+    steps: int = 1000  # optimiser steps in all
+    batch_size: int = 64  # examples a step
     lr: float = 1e-3  # peak; linear warm-up, then cosine to zero
     warmup: float = 0.05  # share of the steps
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
     weight_decay: float = 0.01  # on matrices only
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0  # largest norm of the gradient
     micro_batches: int = 1  # parts of a batch, by length: less memory, less padding
     image_loss_weight: float = 10.0  # lambda
     guidance_dropout: float = 0.1  # share of prompts for images that become the unconditional one
     ema: float = 0.999  # decay of the weight average; 0 keeps the last weights
-    device: str = "cpu"
+    device: str = "cpu"  # cpu or cuda
     dtype: str = "bfloat16"  # of the matrix products (autocast)
     threads: int = 0  # CPU threads; 0 = one per core
     workers: int = 1  # data processes
     compile: bool = False  # torch.compile the transformer and the diffusion head
-    log_every: int = 50
-    save_every: int = 500
+    log_every: int = 50  # steps a line
+    save_every: int = 500  # steps a checkpoint
 
 
 PRESETS = {
@@ -125,12 +127,13 @@ def vae_stage(config: TrainConfig) -> Stage:
     else:
         vae = VQVAE(VQVAEConfig.preset(config.preset)).to(config.device)
     vae.to(memory_format=torch.channels_last)  # up to twice as fast on a CPU
+    quantise_from = 0 if config.init else QUANTISE_FROM  # a new codebook is set from data
 
     def losses(images, generator):
         step = generator.initial_seed() % 2**32
         images = images.to(config.device, memory_format=torch.channels_last)
         z = vae.encode(images).float()  # (B, L, C)
-        if step < QUANTISE_FROM:
+        if step < quantise_from:
             return {"loss": reconstruction_loss(vae.decode(z), images)}
         q = vae.lookup(vae.quantize(z))
         codebook, commitment = F.mse_loss(q, z.detach()), F.mse_loss(z, q.detach())
@@ -148,7 +151,7 @@ def vae_stage(config: TrainConfig) -> Stage:
     @torch.no_grad()
     def revive(step, optimizer, average):
         """Codes that 8192 fresh latents never use take the place of some of these latents."""
-        first = step == QUANTISE_FROM - 1
+        first = step == quantise_from - 1
         due = step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < REVIVE_UNTIL * config.steps
         if not (first or due):
             return
@@ -291,7 +294,7 @@ def chameleon_stage(config: TrainConfig) -> Stage:
 
 @torch.no_grad()
 def to_orthus(config: TrainConfig) -> Orthus:
-    """Chameleon -> Orthus-base before training (section 4.2): argmin becomes softmax over the same
+    """Chameleon -> Orthus-base before training (stage 1): argmin becomes softmax over the same
     codebook and image-token rows, image tokens give way to a diffusion head that outputs zero.
 
     For tiny, latent_scale and tau are measured: unit variance for the head, and a median latent
@@ -556,15 +559,17 @@ def make_config(name: str, given: dict) -> TrainConfig:
 
 
 def parse(argv: list[str] | None = None) -> tuple[str, dict]:
-    """-> (stage, the flags given). Flags are the fields of TrainConfig."""
+    """-> (stage, the flags given). Flags are the fields of TrainConfig, helped by its comments."""
+    notes = dict(re.findall(r"(\w+): .*#  ?(.*)", inspect.getsource(TrainConfig)))
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=[*STAGES, "all"])
     for f in dataclasses.fields(TrainConfig):
-        flag, note = "--" + f.name.replace("_", "-"), f"default: {f.default}, or the preset's"
+        flag = "--" + f.name.replace("_", "-")
+        note = f"{notes.get(f.name, '')} (default: {f.default!r}, or the preset's)".strip()
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", default=None)
+            parser.add_argument(flag, action="store_true", default=None, help=notes[f.name])
         elif f.name == "betas":
             parser.add_argument(flag, type=float, nargs=2, help=note)
         else:

@@ -1,6 +1,6 @@
 """The vision autoencoder: Chameleon's VQ-VAE, whose quantisation Orthus drops.
 
-Follows Orthus (arXiv 2412.00127) section 3 and appendix A: the encoder's continuous latents are
+Follows Orthus (arXiv 2412.00127), eq. 1 and appendix A: the encoder's continuous latents are
 what the transformer reads and writes. The same class serves both uses:
 
     quantised    images -> encode -> quantize -> codes -> lookup -> decode      (Chameleon, eq. 1)

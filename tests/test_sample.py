@@ -280,7 +280,7 @@ def test_requests_file_is_answered_line_by_line(run, directory, tmp_path):
     lines = [
         {"prompt": "a red circle"},
         {"prompt": "What colour is the star?", "images": [str(tmp_path / "in.png")], "seed": 3},
-        {"prompt": "a star", "seed": 8},
+        {"prompt": "a star", "seed": 0},
     ]
     requests, out = tmp_path / "requests.jsonl", tmp_path / "out"
     requests.write_text("\n".join(map(json.dumps, lines)))
@@ -289,7 +289,7 @@ def test_requests_file_is_answered_line_by_line(run, directory, tmp_path):
     run("--checkpoint", directory, "--requests", requests, "--output", out, "--seed", 1)
     results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [r["prompt"] for r in results] == [line["prompt"] for line in lines]
-    assert [r["seed"] for r in results] == [1, 3, 8]
+    assert [r["seed"] for r in results] == [1, 3, 0]
     assert all(set(r) == {"prompt", "text", "images", "seed"} for r in results)
     assert Path(results[0]["images"][0]).is_file()
     assert (out / "mine.txt").read_text() == "kept"
@@ -312,6 +312,7 @@ BAD = {
     "steps out of range": (["--prompt", "a", "--steps", "0"], "--steps"),
     "top-p out of range": (["--prompt", "a", "--top-p", "1.5"], "--top-p"),
     "unknown flag": (["--prompt", "a", "--stepz", "5"], "--stepz"),
+    "images per request": (["--requests", __file__, "--num-images", "2"], "--num-images"),
     "missing requests": (["--requests", "no.jsonl"], "no.jsonl"),
     "too long a prompt": (["--prompt", "a star " * 400], "shorten"),
     "too small a budget": (["--prompt", "a star", "--max-tokens", "5"], "max tokens 5"),
