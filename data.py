@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+import tokenizers
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -31,10 +32,12 @@ from orthus import OrthusConfig
 # --- Images --------------------------------------------------------------------------------------
 
 
-def to_tensor(image: Image.Image, size: int) -> Tensor:
+def to_tensor(image: Image.Image, size: int, hub_pixels: bool = False) -> Tensor:
     """PIL image of any size and mode -> (3, size, size) in [-1, 1].
 
     Transparency is blended on white, the short side resized to `size` (Lanczos), the centre kept.
+    hub_pixels does as the Hub's processor: 0.0078 x - 1, which makes white 0.989, and the long side
+    rounded down.
     """
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -43,13 +46,14 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
     image = image.convert("RGB")
     width, height = image.size
     if (width, height) != (size, size):
-        scale = size / min(width, height)
-        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        whole = int if hub_pixels else round
+        scaled = [whole(side * size / min(width, height)) for side in (width, height)]
+        width, height = (max(size, side) for side in scaled)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
         left, top = (width - size) // 2, (height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, size, size) uint8
-    return pixels.float() / 127.5 - 1
+    return pixels.float() * 0.0078 - 1 if hub_pixels else pixels.float() / 127.5 - 1
 
 
 def to_image(tensor: Tensor) -> Image.Image:
@@ -64,30 +68,61 @@ def to_image(tensor: Tensor) -> Image.Image:
 class Tokenizer:
     """Text <-> token ids. Special tokens and image codes are never produced from text.
 
-    The tiny model's is sentencepiece's: its pieces follow the special tokens and image codes.
+    The tiny model's is sentencepiece's: its pieces follow the special tokens and image codes. The
+    released models' is a tokenizer.json, whose ids are the model's: `reserved` are those that text
+    must not become and that are skipped in text. Where a prompt spells out the name of one, the
+    name is cut in two, so that the model reads it as ordinary text.
     """
 
-    def __init__(self, model: bytes, first_id: int, unk_id: int = 3):
+    def __init__(self, model: bytes, first_id: int, unk_id: int = 3, reserved=frozenset()):
         self.model = model
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.is_json = model.lstrip()[:1] == b"{"
+        if self.is_json:
+            self.pieces = tokenizers.Tokenizer.from_str(model.decode())
+        else:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.first_id, self.unk_id = first_id, unk_id  # piece 0 is sentencepiece's own unknown
+        self.reserved = frozenset(reserved) - {unk_id}
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
-        """The tokenizer of a checkpoint directory."""
+        """The tokenizer of a checkpoint directory; its ids must be those of the model's config."""
         fields = checkpoint.read_section(directory, "model")
         config = checkpoint.build(OrthusConfig, fields, directory)
         path = checkpoint.find_tokenizer(directory)
+        reserved = set(range(config.image_code_start, config.image_code_start + config.num_codes))
+        if path.suffix == ".json":
+            vocabulary = checkpoint.read_vocabulary(path)
+            ids = checkpoint.token_ids(vocabulary, config.num_codes, path)
+            own = {name: getattr(config, name) for name in ids}
+            checkpoint.check_same_ids(path, ids, own, "the model's config")
+            if max(vocabulary.values()) >= config.vocab_size:
+                raise ValueError(
+                    f"{path} has ids up to {max(vocabulary.values())}, the model's vocabulary "
+                    f"only {config.vocab_size}"
+                )
+            reserved |= {i for name, i in ids.items() if name != "image_code_start"}
         try:
-            return cls(path.read_bytes(), config.image_id + 1, config.unk_id)
-        except RuntimeError:
-            raise ValueError(f"{path} is not a whole sentencepiece model") from None
+            return cls(path.read_bytes(), config.image_id + 1, config.unk_id, reserved)
+        except Exception as error:  # tokenizers raises nothing more special
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{path} is not a whole tokenizer ({reason})") from None
 
     def encode(self, text: str) -> list[int]:
-        ids = self.pieces.encode(text)
-        return [self.first_id + i - 1 if i else self.unk_id for i in ids]
+        if not self.is_json:
+            ids = self.pieces.encode(text)
+            return [self.first_id + i - 1 if i else self.unk_id for i in ids]
+        encoding = self.pieces.encode(text, add_special_tokens=False)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        cuts = [start + 1 for i, (start, end) in spans if i in self.reserved and end - start > 1]
+        if not cuts:
+            return encoding.ids
+        ends = zip([0, *cuts], [*cuts, len(text)], strict=True)
+        return [i for start, end in ends for i in self.encode(text[start:end])]
 
     def decode(self, ids: list[int]) -> str:
+        if self.is_json:
+            return self.pieces.decode([i for i in ids if i not in self.reserved])
         last = self.first_id + len(self.pieces) - 1
         return self.pieces.decode([i - self.first_id + 1 for i in ids if self.first_id <= i < last])
 
@@ -169,7 +204,11 @@ class Batch:
 
 
 def collate(
-    sequences: list[Sequence], config: OrthusConfig, resolution: int, pad_left: bool = False
+    sequences: list[Sequence],
+    config: OrthusConfig,
+    resolution: int,
+    pad_left: bool = False,
+    hub_pixels: bool = False,
 ) -> Batch:
     """Pad sequences to the longest one: on the right for training, on the left for generation."""
 
@@ -178,7 +217,7 @@ def collate(
         return padding + ids if pad_left else ids + padding
 
     longest = max(len(s.tokens) for s in sequences)
-    images = [to_tensor(image, resolution) for s in sequences for image in s.images]
+    images = [to_tensor(image, resolution, hub_pixels) for s in sequences for image in s.images]
     return Batch(
         torch.tensor([pad(s.tokens, config.pad_id) for s in sequences]),
         torch.tensor([pad(s.labels, -100) for s in sequences]),

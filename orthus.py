@@ -704,7 +704,7 @@ class Orthus(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device="cpu", dtype=None) -> "Orthus":
-        """Read the model of a checkpoint directory. dtype None keeps the stored one."""
+        """Read the model of a checkpoint in any layout. dtype None keeps the stored one."""
         config, tensors = checkpoint.read_model(directory)
         with torch.device("meta"):
             model = cls(checkpoint.build(OrthusConfig, config, directory))

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+from checkpoint import Parser
 from data import Segment, Tokenizer, collate, layout, to_image
 from orthus import KVCache, Orthus
 from vae import VQVAE
@@ -62,16 +63,30 @@ class Pipeline:
     defaults: dict  # generation defaults from config.json
 
 
-def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Pipeline:
-    """Open a checkpoint; dtype of the transformer: fp32 on a CPU, bf16 elsewhere, unless given."""
+def load(
+    directory: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    vae: str | Path | None = None,
+) -> Pipeline:
+    """Open a checkpoint in any layout, its autoencoder from `vae` where given.
+
+    dtype of the transformer: fp32 on a CPU, bf16 elsewhere, unless given.
+    """
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    return Pipeline(
-        Orthus.from_pretrained(directory, device, dtype).eval(),
-        VQVAE.from_pretrained(directory, device, torch.float32).eval(),
-        Tokenizer.from_pretrained(directory),
-        checkpoint.read_config(directory).get("generation", {}),
-    )
+    autoencoder = VQVAE.from_pretrained(vae or directory, device, torch.float32).eval()
+    tokenizer = Tokenizer.from_pretrained(directory)
+    model = Orthus.from_pretrained(directory, device, dtype).eval()
+    for name in ("latents_per_image", "latent_channels", "num_codes"):
+        ours, theirs = getattr(model.config, name), getattr(autoencoder.config, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{name} is {ours} in the model of {directory}, but {theirs} in the autoencoder "
+                f"of {vae or directory}; give --vae with the one it was trained with"
+            )
+    defaults = checkpoint.read_config(directory).get("generation", {})
+    return Pipeline(model, autoencoder, tokenizer, defaults)
 
 
 # --- Guidance ------------------------------------------------------------------------------------
@@ -151,7 +166,8 @@ def decode(
             decoding.forced = config.boi_id
         decodings.append(decoding)
     weights = guidance_weights(cfg_scale)
-    batch = collate(sequences, config, pipeline.vae.config.resolution, pad_left=True).to(device)
+    resolution, hub_pixels = pipeline.vae.config.resolution, pipeline.defaults.get("hub_pixels")
+    batch = collate(sequences, config, resolution, True, bool(hub_pixels)).to(device)
     latents = pipeline.vae.encode(batch.images).flatten(0, 1)  # (N, C) of the prompts' images
     prompt_end = batch.tokens.shape[1]
     length = prompt_end + max(d.budget for d in decodings)
@@ -308,7 +324,7 @@ def read_prompt(text: str, images: list[str]) -> list[Segment]:
     segments = []
     for i, piece in enumerate(pieces):
         if piece.strip():
-            segments.append(Segment(piece.strip()))
+            segments.append(Segment(piece))
         if i < len(pictures):
             segments.append(Segment(pictures[i]))
     return segments
@@ -382,13 +398,6 @@ def pick_device(name: str) -> str:
     return name
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         description="Draw pictures and answer questions about pictures.",
@@ -401,6 +410,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--requests", metavar="FILE",
         help='answer a jsonl file of {"prompt", "images", "seed"}, write results.jsonl')
     add("--checkpoint", default=str(Path(__file__).parent / "checkpoints" / "tiny"), metavar="DIR")
+    add("--vae", metavar="DIR", help="take the autoencoder from this checkpoint (any layout) or "
+        "vqgan.ckpt, for those that ship no decoder")
+    add("--hub-pixels", action="store_true", help="scale input images by 0.0078 as the Hub's "
+        "processor does, not by exactly 1/127.5")
     add("--output", default="outputs", metavar="DIR", help="where PNGs go (default: outputs)")
     add("--num-images", type=number(int, 1, 10**4), default=1, help="answers per prompt, each with "
         "the next seed (default: 1)")
@@ -437,7 +450,10 @@ def run(args: argparse.Namespace) -> None:
             for text in args.prompt or [""]
             for i in range(args.num_images)
         ]
-    pipeline = load(args.checkpoint, device, getattr(torch, args.dtype) if args.dtype else None)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    pipeline = load(args.checkpoint, device, dtype, args.vae)
+    if args.hub_pixels:
+        pipeline.defaults["hub_pixels"] = True
     warn_unknown_words([text for text, _ in requests], pipeline.defaults.get("words", []))
     answers = stream(
         pipeline, [request for _, request in requests], args.steps, args.cfg_scale,

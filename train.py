@@ -270,6 +270,9 @@ def start_run(config: TrainConfig, model: OrthusConfig) -> None:
     sizes, vae = checkpoint.read_vae(config.init)
     generation = known.get("generation", GENERATION | {"words": data.shapes_words()})
     parts = {"model": dataclasses.asdict(model), "vae": sizes, "generation": generation}
+    before = known.get("model", {}).get("image_head", model.image_head)
+    if config.preset == "7b" and before != model.image_head:  # Chameleon becomes Orthus
+        parts["generation"] = checkpoint.generation_defaults(parts["model"])
     if "model" in known:
         tokenizer = checkpoint.find_tokenizer(config.init)
     else:

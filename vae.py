@@ -13,6 +13,7 @@ then Encoder and Decoder, then their blocks.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -271,8 +272,8 @@ class VQVAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     @classmethod
-    def from_pretrained(cls, directory: str, device="cpu", dtype=None) -> "VQVAE":
-        """Read the autoencoder of a checkpoint directory. dtype None keeps the stored one."""
+    def from_pretrained(cls, directory: str | Path, device="cpu", dtype=None) -> "VQVAE":
+        """Read the autoencoder of a checkpoint in any layout. dtype None keeps the stored one."""
         config, tensors = checkpoint.read_vae(directory)
         with torch.device("meta"):
             vae = cls(checkpoint.build(VQVAEConfig, config, directory))

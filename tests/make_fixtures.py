@@ -5,6 +5,8 @@
                                q/k norms in four groups, one for each shard of the 30B model
     vqvae.safetensors          transformers' Chameleon VQ-VAE: encoder, quantiser, 1x1 convolutions
     diffusion.safetensors      diffusers' DDIM: noise schedules, timesteps, whole trajectories
+    golden_head.safetensors    the released Orthus' diffusion head and 100-step DDIM on a tiny random
+                               model: its recordings (folder $ORTHUS_GOLDEN), the head's weights alone
 
 The committed files were made with torch 2.13.0, transformers 5.23.0, diffusers 0.42.1, numpy 2.4.6
 and safetensors 0.8.0. The peers, transformers and diffusers, are not requirements of this project:
@@ -18,11 +20,12 @@ metadata entry "config". All tensors are fp32 or int64.
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonVQVAE
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 
@@ -263,6 +266,18 @@ def make_diffusion(seed: int) -> None:
     write("diffusion", tensors, dict(num_train_timesteps=1000, betas=BETAS, steps=STEPS))
 
 
+# --- Recordings of the released Orthus ----------------------------------------------------------
+
+
+def copy_golden(folder: Path) -> None:
+    """What the tests of the head need of the recordings; the rest is read from the folder."""
+    tensors = load_file(folder / "head.safetensors") | load_file(folder / "ddim.safetensors")
+    for shard in sorted((folder / "ckpt").glob("*.safetensors")):
+        weights = load_file(shard).items()
+        tensors |= {name: tensor for name, tensor in weights if name.startswith("mlp_head.")}
+    write("golden_head", tensors, {})
+
+
 # --- Files --------------------------------------------------------------------------------------
 
 
@@ -284,6 +299,8 @@ def main() -> None:
     make_chameleon("chameleon_30b", CHAMELEON_30B, seed=30)
     make_vqvae(seed=3)
     make_diffusion(seed=2)
+    if "ORTHUS_GOLDEN" in os.environ:
+        copy_golden(Path(os.environ["ORTHUS_GOLDEN"]))
 
 
 if __name__ == "__main__":

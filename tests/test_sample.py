@@ -240,7 +240,7 @@ def test_images_stand_in_front_or_where_the_prompt_says(tmp_path):
     kinds = lambda segments: [s.content if isinstance(s.content, str) else "IMG" for s in segments]
     assert kinds(sample.read_prompt("What?", [path])) == ["IMG", "What?"]
     assert kinds(sample.read_prompt("From <image> to <image>.", [path, path])) == [
-        "From", "IMG", "to", "IMG", ".",
+        "From ", "IMG", " to ", "IMG", ".",
     ]
     with pytest.raises(ValueError, match="2 <image>.*1 image"):
         sample.read_prompt("<image> <image>", [path])
