@@ -77,8 +77,8 @@ PRESETS = {
         "chameleon": dict(
             seed=1, steps=1200, batch_size=96, micro_batches=3, image_loss_weight=1.0
         ),
-        "base": dict(seed=2, steps=600, batch_size=64, lr=2e-3),
-        "posttrain": dict(seed=3, steps=8000, batch_size=96, micro_batches=3),
+        "base": dict(seed=2, steps=500, batch_size=64, lr=2e-3),
+        "posttrain": dict(seed=3, steps=8800, batch_size=96, micro_batches=3),
     },
     "7b": {  # the paper's settings
         "decoder": dict(steps=15000, batch_size=256, lr=1e-5),
