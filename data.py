@@ -554,6 +554,7 @@ class Shapes:
         return understanding(rng, turns=rng.randint(1, 4), allow_unseen=self.allow_unseen)
 
 
+@functools.cache
 def shapes_texts() -> list[str]:
     """What the Shapes world may say, for the tokenizer, with the words of tasks to come."""
     rng = random.Random(0)

@@ -583,8 +583,8 @@ class Orthus(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Every initial value in one place.
+    def init_weights(self, part: str = "") -> None:
+        """Every initial value in one place; `part` limits it to names that begin so.
 
         transformer matrices, embeddings, LM head    N(0, 0.02); those that write into the residual
                                                      stream N(0, 0.02 / sqrt(2 layers))
@@ -593,8 +593,8 @@ class Orthus(nn.Module):
         its AdaLN and final linears                  zero: the head's output starts at zero
         """
         for name, p in self.named_parameters():
-            if "norm" in name or "in_ln" in name:
-                continue  # ones and zeros from their constructors
+            if not name.startswith(part) or "norm" in name or "in_ln" in name:
+                continue  # norms: ones and zeros from their constructors
             if name.endswith("bias") or "adaLN" in name or "final_layer.linear" in name:
                 nn.init.zeros_(p)
             elif "time_embed" in name or "_head" not in name.replace("lm_head", ""):

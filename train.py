@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from orthus import Orthus, OrthusConfig
+from orthus import DiffusionHead, Orthus, OrthusConfig
 from sample import Parser
 from vae import VQVAE, VQVAEConfig
 
@@ -268,7 +268,7 @@ def start_run(config: TrainConfig, model: OrthusConfig) -> None:
     """Give the run directory what does not change in it: autoencoder, tokenizer, defaults."""
     known = checkpoint.read_config(config.init)
     sizes, vae = checkpoint.read_vae(config.init)
-    generation = known.get("generation", GENERATION | {"words": data.shapes_words()})
+    generation = known.get("generation") or GENERATION | {"words": data.shapes_words()}
     parts = {"model": dataclasses.asdict(model), "vae": sizes, "generation": generation}
     before = known.get("model", {}).get("image_head", model.image_head)
     if config.preset == "7b" and before != model.image_head:  # Chameleon becomes Orthus
@@ -315,10 +315,13 @@ def to_orthus(config: TrainConfig) -> Orthus:
             median = old.vision_embedding.effective_codes(latents).median()
             low, high = (low, sizes.tau) if median > MIXED_CODES else (sizes.tau, high)
         tqdm.write(f"latent_scale {sizes.latent_scale:.4g}, tau {sizes.tau:.4g}")
-    torch.manual_seed(config.seed)
-    model = Orthus(sizes)
-    missing, unexpected = model.load_state_dict(old.state_dict(), strict=False)
+    with torch.device("meta"):  # the old tensors become the new model's: one copy in memory
+        model = Orthus(sizes)
+    model.diffusion_head = DiffusionHead(sizes)
+    missing, unexpected = model.load_state_dict(old.state_dict(), strict=False, assign=True)
     assert not unexpected and all(name.startswith("diffusion_head.") for name in missing)
+    torch.manual_seed(config.seed)
+    model.init_weights("diffusion_head.")
     return model
 
 
