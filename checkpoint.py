@@ -96,7 +96,7 @@ def read_pth(path: Path) -> dict:
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is not a whole file of tensors alone ({reason})") from None
     if not isinstance(content, dict):

@@ -43,6 +43,8 @@ def to_tensor(image: Image.Image, size: int, hub_pixels: bool = False) -> Tensor
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
+    if image.mode.startswith("I;16"):  # convert() would clip at 255
+        image = image.point(lambda v: v / 257).convert("L")
     image = image.convert("RGB")
     width, height = image.size
     if (width, height) != (size, size):

@@ -365,15 +365,16 @@ def naive_sample(head: DiffusionHead, hidden: Tensor, weights, steps: int, noise
     x = noise
     for t, a, b in head.schedule.ddim(steps):
         rows = x.repeat_interleave(contexts, 0)  # (B G, C)
-        output = head(rows, torch.full((len(rows),), t), hidden.flatten(0, 1))
-        output = output.unflatten(0, (batch, contexts)) * torch.tensor(weights)[:, None]
+        output = head(rows, torch.full((len(rows),), t, device=x.device), hidden.flatten(0, 1))
+        scales = torch.tensor(weights, device=x.device)[:, None]
+        output = output.unflatten(0, (batch, contexts)) * scales
         x = a * x + b * output.sum(1)
     return x / head.latent_scale
 
 
 def latents_recomputed(pipeline: Pipeline, tokens: Tensor, latents: Tensor) -> Tensor:
     """Hidden states (L, D) of an image fed latent by latent, everything run again for each."""
-    mark = torch.full((1, 1), pipeline.model.config.image_id)
+    mark = torch.full_like(tokens[:, :1], pipeline.model.config.image_id)
     steps = []
     for n in range(1, len(latents) + 1):
         row = torch.cat([tokens, mark.expand(1, n)], 1)
@@ -383,29 +384,36 @@ def latents_recomputed(pipeline: Pipeline, tokens: Tensor, latents: Tensor) -> T
 
 def latents_cached(pipeline: Pipeline, tokens: Tensor, latents: Tensor) -> Tensor:
     """The same with a cache: each latent is run once."""
-    cache = KVCache(pipeline.model.config, 1, tokens.shape[1] + len(latents))
-    pipeline.model(tokens, latents[:0], cache)
-    mark = torch.full((1, 1), pipeline.model.config.image_id)
-    return torch.stack([pipeline.model(mark, latent[None], cache)[0, -1] for latent in latents])
+    model = pipeline.model
+    length, weight = tokens.shape[1] + len(latents), model.norm.weight
+    cache = KVCache(model.config, 1, length, weight.device, weight.dtype)
+    model(tokens, latents[:0], cache)
+    mark = torch.full_like(tokens[:, :1], model.config.image_id)
+    return torch.stack([model(mark, latent[None], cache)[0, -1] for latent in latents])
 
 
 @torch.inference_mode()
 def speed(args: argparse.Namespace) -> None:
     """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
-    pipeline = load(args.checkpoint)
+    device = pick_device(args.device)
+    pipeline = load(args.checkpoint, device)
+    if pipeline.model.config.image_head != "diffusion":
+        raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
+    head = pipeline.model.diffusion_head
     model, config = pipeline.model, pipeline.model.config
     size = config.latents_per_image, config.latent_channels
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 2, config.hidden_size, generator=rng)
-    noise, latents = torch.randn(1, size[1], generator=rng), torch.randn(size, generator=rng)
-    tokens = torch.tensor([[config.bos_id, config.sep_id, config.boi_id]])
+    hidden = hidden.to(device, model.norm.weight.dtype)
+    noise = torch.randn(1, size[1], generator=rng).to(device)
+    latents = torch.randn(size, generator=rng).to(device)
+    tokens = torch.tensor([[config.bos_id, config.sep_id, config.boi_id]], device=device)
     requests = [Request([data.Segment("a red circle")], seed) for seed in range(8)]
 
     def pictures(batch_size: int) -> Tensor:
         answers = generate(pipeline, requests, batch_size=batch_size, progress=False)
         return torch.stack([data.to_tensor(a.images[0], data.CANVAS) for a in answers])
 
-    head = model.diffusion_head
     rows = {
         "100 DDIM steps, modulations ahead of the loop": (
             lambda: naive_sample(head, hidden, (3.0, -2.0), 100, noise),
@@ -423,7 +431,7 @@ def speed(args: argparse.Namespace) -> None:
         for _ in range(args.rounds):
             for run in (slow, fast):
                 started = time.perf_counter()
-                run()
+                run().sum().item()  # waits for a GPU
                 times[run].append(time.perf_counter() - started)
         a, b = min(times[slow]), min(times[fast])
         gap = (slow() - fast()).abs().max().item()
@@ -501,6 +509,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     clock = commands.add_parser("speed", help="fast paths beside their slow references, as ratios")
     clock.add_argument("--checkpoint", default=tiny, metavar="DIR")
+    clock.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     clock.add_argument("--rounds", type=number(int, 1, 1000), default=5, metavar="N",
         help="runs of each, taken in turns; the fastest counts (default: 5)")
     return parser.parse_args(argv)
@@ -520,7 +529,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.json:
             args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        tqdm.write(f"evaluate.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -86,7 +86,7 @@ class OrthusConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.vision_embedding == "softmax" and self.tau <= 0:
+        if self.vision_embedding == "softmax" and not self.tau > 0:
             raise ValueError(
                 f"tau is {self.tau}; softmax needs tau > 0. The limit tau -> 0 is "
                 'vision_embedding="argmin"'
@@ -440,7 +440,7 @@ def guidance(weights: tuple[float, ...], hidden: Tensor) -> Tensor:
         raise ValueError(
             f"got {len(weights)} guidance weights for {hidden.shape[1]} contexts; give one for each"
         )
-    return torch.tensor(weights, device=hidden.device)[:, None]
+    return torch.as_tensor(weights, dtype=torch.float32, device=hidden.device)[:, None]
 
 
 class DiffusionHead(nn.Module):
@@ -526,7 +526,7 @@ class DiffusionHead(nn.Module):
         path = self.schedule.ddim(steps)
         time = self.time_embed(torch.tensor([t for t, _, _ in path], device=hidden.device))
         condition = self.cond_embed(hidden.to(time.dtype))  # (B, G, W)
-        ahead = max(1, HOISTED_ROWS // (batch * contexts))  # steps per product: bounds the memory
+        ahead = max(1, HOISTED_ROWS // max(1, batch * contexts))  # steps per product
         for first in range(0, steps, ahead):
             y = time[first : first + ahead, None, None] + condition  # (ahead, B, G, W)
             modulations = [m.unbind(0) for m in self.modulations(y)]
@@ -536,7 +536,7 @@ class DiffusionHead(nn.Module):
         return x / self.latent_scale
 
 
-HOISTED_ROWS = 4096  # rows of hoisted modulations held at once, 11 W numbers each
+HOISTED_ROWS = 4096  # rows of modulations held at once, 11 W numbers each: bounds the memory
 
 
 class RegressionHead(nn.Module):

@@ -4,7 +4,7 @@
     python sample.py --image picture.png --prompt "How many circles are there?"
 
 The last token decides which head speaks: <boi> hands over to the diffusion head for L latents,
-<eoi> is appended, text goes on, until <sep> or the budget. Text-to-image and
+<eoi> is appended, text goes on, until <sep>, <eos> or the budget. Text-to-image and
 question answering are prompts, not modes. Reading order: Request and Answer, contexts (guidance),
 decode (the loop), stream (batches), then the command line.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -86,6 +86,11 @@ def load(
                 f"of {vae or directory}; give --vae with the one it was trained with"
             )
     defaults = checkpoint.read_config(directory).get("generation", {})
+    if missing := {"steps", "cfg_scale", "unconditional", "max_tokens"} - set(defaults):
+        raise ValueError(
+            f"config.json of {directory} lacks {', '.join(sorted(missing))} under 'generation'; "
+            "copy that section from checkpoints/tiny"
+        )
     return Pipeline(model, autoencoder, tokenizer, defaults)
 
 
@@ -130,7 +135,9 @@ def pick_token(logits: Tensor, temperature: float, top_p: float, rng: torch.Gene
     """One token from logits (V,): greedy at temperature 0, else nucleus sampling."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
+    logits = logits.double().cpu()
+    probabilities = ((logits - logits.max()) / temperature).softmax(-1)
+    probabilities, order = probabilities.sort(descending=True)
     inside = probabilities.cumsum(0) - probabilities < top_p  # the most likely one always is
     return int(order[torch.multinomial(probabilities * inside, 1, generator=rng)])
 
@@ -302,17 +309,20 @@ def check_budget(pipeline: Pipeline, request: Request, max_tokens: int) -> None:
 
 def open_image(path: str) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
-        return image
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)  # photos may be stored turned
+            if image.mode in ("I", "F"):
+                raise ValueError(f"image {path} has mode {image.mode}; give 8 or 16 bits a channel")
+            return image.copy()
     except FileNotFoundError:
         raise ValueError(f"image {path} does not exist") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise ValueError(f"image {path} cannot be read ({error}); give a PNG or JPEG") from None
 
 
 def read_prompt(text: str, images: list[str]) -> list[Segment]:
     """Text and image paths -> segments: images stand where <image> does, else in front."""
+    text.encode("utf-8")  # half a surrogate pair raises a ValueError
     if not text.strip() and not images:
         raise ValueError("the prompt is empty; say what to draw, or give an image and a question")
     pictures = [open_image(path) for path in images]
@@ -320,7 +330,9 @@ def read_prompt(text: str, images: list[str]) -> list[Segment]:
     if len(pieces) == 1:
         pieces = [""] * len(pictures) + pieces
     if len(pieces) - 1 != len(pictures):
-        raise ValueError(f"{len(pieces) - 1} <image> in {text!r}, but {len(pictures)} images given")
+        raise ValueError(
+            f"{len(pieces) - 1} <image> in {text!r}, but {len(pictures)} images given; give as many"
+        )
     segments = []
     for i, piece in enumerate(pieces):
         if piece.strip():
@@ -332,23 +344,37 @@ def read_prompt(text: str, images: list[str]) -> list[Segment]:
 
 def read_requests(path: str, seed: int) -> list[tuple[str, Request]]:
     """A jsonl file of {"prompt", "images": [paths], "seed"} -> (prompt text, Request)."""
-    if not Path(path).is_file():
-        raise ValueError(f"requests file {path} does not exist")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise ValueError(f"requests file {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"requests file {path} is not UTF-8 ({error.reason})") from None
     requests = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            text, images = entry["prompt"], entry.get("images") or []
-            own = entry.get("seed")
-            request = Request(read_prompt(text, images), seed if own is None else int(own))
+            text, images, own = entry["prompt"], entry.get("images"), entry.get("seed")
+            images, own = [] if images is None else images, seed if own is None else own
+            check_request(entry, images, own)
+            request = Request(read_prompt(text, images), own)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} line {number}: {describe(error)}") from None
         requests.append((text, request))
     if not requests:
         raise ValueError(f"requests file {path} holds no request")
     return requests
+
+
+def check_request(entry: dict, images: list, seed: int) -> None:
+    if unknown := set(entry) - {"prompt", "images", "seed"}:
+        raise ValueError(f"unknown {sorted(unknown)}; want prompt, images and seed alone")
+    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+        raise ValueError(f"images is {images!r}; want a list of paths")
+    if type(seed) is not int or not 0 <= seed <= 2**31:
+        raise ValueError(f"seed is {seed!r}; want a whole number from 0 to {2**31}")
 
 
 def describe(error: Exception) -> str:
@@ -361,8 +387,8 @@ def describe(error: Exception) -> str:
 
 def warn_unknown_words(texts: list[str], words: list[str]) -> None:
     """A small model knows few words: name those it never saw."""
-    said = {word.strip(".,?!;:\"'") for text in texts for word in text.split()}
-    unknown = sorted(said - set(words) - {"", "<image>"})
+    said = {word.strip(".,?!;:\"'") for t in texts for word in t.replace("<image>", " ").split()}
+    unknown = sorted(said - set(words) - {""})
     if words and unknown:
         print(
             f"warning: the model never saw {', '.join(map(repr, unknown))}; it knows: "
@@ -391,10 +417,10 @@ def pick_device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}; try cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} is not available here; try --device cpu")
-    if device.type not in ("cpu", "cuda", "mps"):
+    if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is not supported; try cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not available here; try --device cpu")
     return name
 
 
@@ -441,7 +467,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     started = time.time()
-    device = pick_device(args.device)
+    device, output = pick_device(args.device), Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; give a directory")
+    if args.requests and (output / "results.jsonl").resolve() == Path(args.requests).resolve():
+        raise ValueError(f"the answers would overwrite {args.requests}; give another --output")
     if args.requests:
         requests = read_requests(args.requests, args.seed)
     else:
@@ -459,7 +489,7 @@ def run(args: argparse.Namespace) -> None:
         pipeline, [request for _, request in requests], args.steps, args.cfg_scale,
         args.temperature, args.top_p, args.max_tokens, args.batch_size,
     )
-    output, scale = Path(args.output), args.scale or pipeline.defaults.get("scale", 1)
+    scale = args.scale or pipeline.defaults.get("scale", 1)
     output.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files:
         if args.requests:
@@ -488,7 +518,7 @@ def main() -> None:
     try:
         run(args)
     except (ValueError, OSError) as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
+        tqdm.write(f"sample.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

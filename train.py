@@ -37,7 +37,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 from orthus import DiffusionHead, Orthus, OrthusConfig
-from sample import Parser
+from sample import Parser, pick_device
 from vae import VQVAE, VQVAEConfig
 
 
@@ -78,7 +78,7 @@ PRESETS = {
             seed=1, steps=1200, batch_size=96, micro_batches=3, image_loss_weight=1.0
         ),
         "base": dict(seed=2, steps=500, batch_size=64, lr=2e-3),
-        "posttrain": dict(seed=3, steps=8800, batch_size=96, micro_batches=3),
+        "posttrain": dict(seed=3, steps=7000, batch_size=96, micro_batches=3),
     },
     "7b": {  # the paper's settings
         "decoder": dict(steps=15000, batch_size=256, lr=1e-5),
@@ -130,7 +130,7 @@ def vae_stage(config: TrainConfig) -> Stage:
     quantise_from = 0 if config.init else QUANTISE_FROM  # a new codebook is set from data
 
     def losses(images, generator):
-        step = generator.initial_seed() % 2**32
+        step = generator.initial_seed() % 2**32  # train() seeds it so
         images = images.to(config.device, memory_format=torch.channels_last)
         z = vae.encode(images).float()  # (B, L, C)
         if step < quantise_from:
@@ -188,7 +188,7 @@ def decoder_stage(config: TrainConfig) -> Stage:
         return {"loss": reconstruction_loss(vae.decode(vae.encode(images)), images)}
 
     def save(weights):
-        checkpoint.write(config.out, checkpoint.read_config(config.init), vae=weights)
+        checkpoint.write(config.out, {"vae": dataclasses.asdict(vae.config)}, vae=weights)
 
     return Stage(vae, scene_batches(config), losses, save)
 
@@ -432,8 +432,9 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, s
     torch._foreach_lerp_([average[n] for n in names], [weights[n] for n in names], 1 - decay)
 
 
-def save_state(out: Path, model, optimizer, average: dict, step: int, config: TrainConfig) -> None:
+def save_state(name, out: Path, model, optimizer, average: dict, step: int, config) -> None:
     state = {
+        "stage": name,
         "step": step,
         "weights": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -458,6 +459,8 @@ def train(name: str, config: TrainConfig) -> None:
         model.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         average, first = state["average"], state["step"]
+        if first >= config.steps:
+            raise ValueError(f"{out} is at step {first} of {config.steps}; raise --steps to go on")
     kind = torch.device(config.device).type
     autocast = torch.autocast(kind, getattr(torch, config.dtype), config.dtype != "float32")
     sums, started = {}, time.time()
@@ -480,20 +483,21 @@ def train(name: str, config: TrainConfig) -> None:
             stage.after_step(step, optimizer, average)
         for key, value in parts.items():
             sums.setdefault(key, []).append(value)
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+        saves = (step + 1) % config.save_every == 0 or step + 1 == config.steps
+        if saves or (step + 1) % config.log_every == 0:  # before saving: a NaN raises
             means = {key: torch.stack(v).mean().item() for key, v in sums.items()}
             means["seconds_per_step"] = (time.time() - started) / len(sums["loss"])
             write_log(out, name, step + 1, learning_rate(config, step), means)
             sums, started = {}, time.time()
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+        if saves:
             stage.save(average)
-            save_state(out, model, optimizer, average, step + 1, config)
+            save_state(name, out, model, optimizer, average, step + 1, config)
 
 
 def write_log(out: Path, name: str, step: int, lr: float, means: dict[str, float]) -> None:
     """One line on the screen and in log.jsonl: the means over the interval."""
-    if not math.isfinite(means["loss"]):
-        raise ValueError(f"the loss is {means['loss']} at step {step}; lower --lr and --resume")
+    if not math.isfinite(means["loss"] + means["grad_norm"]):
+        raise ValueError(f"the loss is {means['loss']} by step {step}; lower --lr and --resume")
     tqdm.write(f"{name} {step} lr {lr:.3g} " + " ".join(f"{k} {v:.4g}" for k, v in means.items()))
     with open(out / "log.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps({"stage": name, "step": step, "lr": lr} | means) + "\n")
@@ -548,7 +552,12 @@ def make_config(name: str, given: dict) -> TrainConfig:
         raise ValueError(f"no preset {preset!r} for stage {name}; known: {known}")
     before = PRESETS[preset][name]
     if given.get("resume"):
-        before = read_state(Path(given["out"]))["config"]
+        state = read_state(Path(given["out"]))
+        before = state["config"]
+        if state.get("stage", name) != name:
+            raise ValueError(
+                f"{given['out']} is a run of stage {state['stage']}, not {name}; give another --out"
+            )
     config = TrainConfig(**(before | given))
     for field in ("steps", "batch_size", "micro_batches", "lr", "log_every", "save_every"):
         if getattr(config, field) <= 0:
@@ -557,8 +566,11 @@ def make_config(name: str, given: dict) -> TrainConfig:
         raise ValueError(f"{config.out} holds a run already; give --resume or another --out")
     if name != "vae" and not config.init:
         raise ValueError(f"stage {name} starts from a checkpoint: give --init DIR")
-    if config.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device {config.device!r} is not available here; try --device cpu")
+    pick_device(config.device)
+    if config.workers < 0 or config.threads < 0 or not 0 <= config.seed < 2**31:
+        raise ValueError("want --workers and --threads of 0 or more, --seed from 0 to 2147483647")
+    if name == "vae" and config.batch_size < 2:
+        raise ValueError("stage vae quantises half of a batch; want --batch-size of 2 or more")
     if config.dtype not in ("bfloat16", "float32"):
         raise ValueError(f"dtype is {config.dtype!r}; want bfloat16 or float32")
     return config
@@ -587,15 +599,15 @@ def parse(argv: list[str] | None = None) -> tuple[str, dict]:
 def main() -> None:
     keep_memory()
     name, given = parse()
-    if given.get("threads"):
-        torch.set_num_threads(given["threads"])
     try:
+        if given.get("threads", 0) > 0:
+            torch.set_num_threads(given["threads"])
         if name == "all":
             train_all(given)
         else:
             train(name, make_config(name, given))
     except (ValueError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        tqdm.write(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

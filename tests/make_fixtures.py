@@ -5,8 +5,8 @@
                                q/k norms in four groups, one for each shard of the 30B model
     vqvae.safetensors          transformers' Chameleon VQ-VAE: encoder, quantiser, 1x1 convolutions
     diffusion.safetensors      diffusers' DDIM: noise schedules, timesteps, whole trajectories
-    golden_head.safetensors    the released Orthus' diffusion head and 100-step DDIM on a tiny random
-                               model: its recordings (folder $ORTHUS_GOLDEN), the head's weights alone
+    golden_head.safetensors    the released Orthus' diffusion head and 100-step DDIM on a tiny
+                               random model: recordings (folder $ORTHUS_GOLDEN), head's weights
 
 The committed files were made with torch 2.13.0, transformers 5.23.0, diffusers 0.42.1, numpy 2.4.6
 and safetensors 0.8.0. The peers, transformers and diffusers, are not requirements of this project:

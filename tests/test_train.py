@@ -259,6 +259,7 @@ BAD = {
     "unknown stage": (["pretrain"], "pretrain"),
     "unknown preset": (["vae", "--preset", "70b"], "70b"),
     "absent device": (["vae", "--device", "cuda:99"], "cuda:99"),
+    "no threads": (["vae", "--threads", "-1"], "--threads"),
     "unknown dtype": (["vae", "--dtype", "int8"], "int8"),
 }
 
@@ -272,6 +273,18 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, caps
     said = capsys.readouterr().err
     assert stop.value.code == 2 and wanted in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_resumes_its_own_stage_alone(road):
+    with pytest.raises(ValueError, match="stage decoder, not posttrain"):
+        train.make_config("posttrain", {"out": str(road / "decoder"), "resume": True})
+
+
+def test_weights_that_are_not_numbers_are_never_saved(road, tmp_path):
+    settings = config("vae", tmp_path / "x", lr=1e30, log_every=50, steps=12, save_every=6)
+    with pytest.raises(ValueError, match="lower --lr"):
+        train.train("vae", settings)
+    assert not (tmp_path / "x" / "state.pt").exists()
 
 
 def test_a_run_is_never_overwritten_by_accident(road, tmp_path):
