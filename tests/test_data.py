@@ -36,6 +36,11 @@ def test_transparency_is_blended_on_white():
     assert (data.to_tensor(clear, 64) == 1).all()
 
 
+def test_sixteen_bit_greys_keep_their_brightness():
+    grey = Image.fromarray(np.full((64, 64), 0x8080, dtype=np.uint16))
+    assert data.to_tensor(grey, 64).mean() == pytest.approx(128 / 127.5 - 1, abs=0.01)
+
+
 def test_short_side_is_resized_and_centre_cropped():
     wide = Image.new("RGB", (300, 100), "white")
     wide.paste("red", (100, 0, 200, 100))

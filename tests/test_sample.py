@@ -343,6 +343,14 @@ def test_half_written_checkpoints_are_named(directory, tmp_path, damage, left):
         sample.load(tmp_path / "copy")
 
 
+def test_answers_never_overwrite_their_requests(run, directory, tmp_path):
+    requests = tmp_path / "results.jsonl"
+    requests.write_text('{"prompt": "a star"}')
+    code, _, said = run("--checkpoint", directory, "--requests", requests, "--output", tmp_path)
+    assert code == 2 and "overwrite" in said
+    assert requests.read_text() == '{"prompt": "a star"}'
+
+
 def test_missing_tokenizer_is_named(directory, tmp_path):
     shutil.copytree(directory, tmp_path / "copy")
     (tmp_path / "copy" / "tokenizer.model").unlink()
@@ -352,7 +360,16 @@ def test_missing_tokenizer_is_named(directory, tmp_path):
 
 @pytest.mark.parametrize(
     "line, said",
-    [("{", "JSON"), ('{"images": []}', "want"), ('{"prompt": ""}', "empty"), ("[1]", "want")],
+    [
+        ("{", "JSON"),
+        ('{"images": []}', "want"),
+        ('{"prompt": ""}', "empty"),
+        ("[1]", "want"),
+        ('{"prompt": "a star", "seed": 1.5}', "whole number"),
+        ('{"prompt": "a star", "seed": -1}', "whole number"),
+        ('{"prompt": "a star", "images": "x.png"}', "list of paths"),
+        ('{"prompt": "a star", "sed": 3}', "unknown.*sed"),
+    ],
 )
 def test_bad_requests_name_the_line(tmp_path, line, said):
     path = tmp_path / "requests.jsonl"
