@@ -16,7 +16,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -261,7 +261,7 @@ class Thing:
     y: float = 0.0
     r: float = 8.0
     angle: float = 0.0
-    rgb: tuple[int, int, int] = (0, 0, 0)
+    rgb: tuple[int, ...] = (0, 0, 0)
     digit: int | None = None
 
     @property
@@ -313,24 +313,40 @@ def digit_font() -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=9.7 * OVERSAMPLE)
 
 
+def drop(colour: str, shape: str, things: list[Thing], rng: random.Random) -> Thing | None:
+    """A thing with a size, place, angle and shade, GAP apart from the others; None: no room."""
+    for _ in range(20):
+        r = rng.uniform(6, 11)
+        reach = r * REACH[shape]
+        x, y = (rng.uniform(reach + 1, CANVAS - 1 - reach) for _ in range(2))
+        if fits(thing := Thing(shape, colour, x, y, r), things):
+            return replace(thing, angle=rng.uniform(-0.25, 0.25), rgb=shade(colour, rng))
+    return None
+
+
+def fits(thing: Thing, others: list[Thing]) -> bool:
+    """Whether a thing is inside the canvas and GAP apart from the others."""
+    low, high = thing.reach + 1, CANVAS - 1 - thing.reach
+    return all(low <= v <= high for v in (thing.x, thing.y)) and all(
+        math.hypot(thing.x - t.x, thing.y - t.y) >= thing.reach + t.reach + GAP for t in others
+    )
+
+
+def shade(colour: str, rng: random.Random) -> tuple[int, ...]:
+    return tuple(min(255, max(0, c + rng.randint(-6, 6))) for c in COLOURS[colour])
+
+
 def place(
     wanted: list[tuple[str, str]],
     rng: random.Random,
     accept: Callable[[list[Thing]], bool] = lambda things: True,
 ) -> list[Thing]:
-    """Give each (colour, shape) a size, place, angle and shade, GAP apart, until accepted."""
+    """Drop each (colour, shape), again from the start until all have room and are accepted."""
     while True:
         things = []
         for colour, shape in wanted:
-            for _ in range(20):
-                r = rng.uniform(6, 11)
-                reach = r * REACH[shape]
-                x, y = (rng.uniform(reach + 1, CANVAS - 1 - reach) for _ in range(2))
-                if all(math.hypot(x - t.x, y - t.y) >= reach + t.reach + GAP for t in things):
-                    rgb = tuple(min(255, max(0, c + rng.randint(-6, 6))) for c in COLOURS[colour])
-                    angle = rng.uniform(-0.25, 0.25)
-                    things.append(Thing(shape, colour, x, y, r, angle, rgb))
-                    break
+            if thing := drop(colour, shape, things, rng):
+                things.append(thing)
         if len(things) == len(wanted) and accept(things):
             return things
 
@@ -361,16 +377,32 @@ def write_digits(things: list[Thing], rng: random.Random, share: float = 0.5) ->
     ]
 
 
-def random_scene(rng: random.Random, allow_unseen: bool = False, most: int = 4) -> list[Thing]:
-    """One to `most` things of any kind, some with digits."""
-    wanted = [pick(rng, allow_unseen) for _ in range(rng.randint(1, most))]
-    return write_digits(place(wanted, rng), rng)
+def random_scene(
+    rng: random.Random, allow_unseen: bool = False, digits: float = 0.5
+) -> list[Thing]:
+    """One to four things of any kind, a share of the large ones with digits."""
+    wanted = [pick(rng, allow_unseen) for _ in range(rng.randint(1, 4))]
+    return write_digits(place(wanted, rng), rng, digits)
 
 
-def scene_images(seed: int, step: int, batch: int) -> Tensor:
-    """A batch of random scenes for the autoencoder -> (batch, 3, 64, 64); same seed, same batch."""
+def detail(things: list[Thing]) -> Tensor:
+    """Where digits stand -> (1, 64, 64), 1 inside their boxes and 0 elsewhere."""
+    image = Image.new("L", (CANVAS, CANVAS))
+    for t in things:
+        if t.digit is not None:
+            ImageDraw.Draw(image).rectangle([t.x - 3.5, t.y - 4, t.x + 3, t.y + 3.5], 255)
+    return torch.from_numpy(np.array(image))[None].float() / 255
+
+
+def scene_images(seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
+    """A batch of random scenes for the autoencoder, rich in digits; same seed, same batch.
+
+    -> images (batch, 3, 64, 64) and where their details are (batch, 1, 64, 64).
+    """
     rng = random.Random(f"scenes {seed} {step}")
-    return torch.stack([to_tensor(render(random_scene(rng)), CANVAS) for _ in range(batch)])
+    scenes = [random_scene(rng, digits=0.9) for _ in range(batch)]
+    images = [to_tensor(render(things), CANVAS) for things in scenes]
+    return torch.stack(images), torch.stack([detail(things) for things in scenes])
 
 
 # --- The Shapes world: tasks ---------------------------------------------------------------------
@@ -384,14 +416,21 @@ GENEVAL = {  # GenEval's six categories and their share of the text-to-image exa
     "binding": 0.20,
 }
 QUESTIONS = {  # kinds of question and their share; kinds that a scene has no answer for are skipped
-    "count": 0.24,
-    "colour": 0.14,
-    "exists": 0.22,
-    "relation": 0.22,
-    "digit": 0.04,
+    "count": 0.20,
+    "colour": 0.12,
+    "exists": 0.20,
+    "relation": 0.20,
+    "digit": 0.14,
     "describe": 0.14,
 }
-TASKS = {"text_to_image": 0.65, "understanding": 0.35}  # share of the post-training examples
+EDITS = {"recolour": 0.4, "remove": 0.25, "add": 0.35}  # kinds of edit and their share
+TASKS = {  # share of the post-training examples
+    "text_to_image": 0.44,
+    "understanding": 0.22,
+    "editing": 0.14,
+    "in_context": 0.08,
+    "story": 0.12,
+}
 
 
 @dataclass
@@ -403,6 +442,7 @@ class Example:
     segments: list[Segment]
     things: list[Thing]
     unseen: bool = False  # about a combination that training never shows
+    before: list[Thing] = field(default_factory=list)  # what the prompt's last image shows
 
 
 def choose(rng: random.Random, shares: dict[str, float]) -> str:
@@ -471,6 +511,8 @@ def ask_exists(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
             colour, shape = rng.choice(list(COLOURS)), rng.choice(sorted(present))[1]
         else:
             colour, shape = rng.choice(sorted(present))[0], rng.choice(SHAPES)
+        if (colour, shape) in UNSEEN:
+            colour, shape = rng.choice(sorted(present))
     return f"Is there {with_article(f'{colour} {shape}')}?", "no"
 
 
@@ -539,6 +581,117 @@ def understanding(
             return Example("understanding", kind, segments, things, unseen)
 
 
+@dataclass(frozen=True)
+class Edit:
+    """One change of a scene, told by the shape alone: what it is done to must be the only one."""
+
+    kind: str  # recolour, remove or add
+    shape: str
+    colour: str = ""  # new, or of the new thing
+
+    @property
+    def instruction(self) -> str:
+        if self.kind == "recolour":
+            return f"Make the {self.shape} {self.colour}."
+        if self.kind == "remove":
+            return f"Remove the {self.shape}."
+        return f"Add {with_article(f'{self.colour} {self.shape}')}."
+
+    def apply(self, things: list[Thing], rng: random.Random) -> list[Thing] | None:
+        """The scene after the edit, all else as it was; None where the edit makes no sense."""
+        if self.kind == "add":
+            there = any((t.colour, t.shape) == (self.colour, self.shape) for t in things)
+            new = None if there or len(things) > 3 else drop(self.colour, self.shape, things, rng)
+            return [*things, new] if new else None
+        single = [t for t in things if t.shape == self.shape]
+        if len(single) != 1 or len(things) < 2 or single[0].colour == self.colour:
+            return None
+        if self.kind == "remove":
+            return [t for t in things if t is not single[0]]
+        new = replace(single[0], colour=self.colour, rgb=shade(self.colour, rng))
+        return [new if t is single[0] else t for t in things]
+
+
+def random_edit(
+    rng: random.Random, things: list[Thing], kind: str, allow_unseen: bool
+) -> tuple[Edit, list[Thing]] | None:
+    """An edit that makes sense in this scene, and the scene after it; None where none was found."""
+    for _ in range(8):
+        colour, shape = pick(rng, allow_unseen)
+        edit = Edit(kind, shape, "" if kind == "remove" else colour)
+        if after := edit.apply(things, rng):
+            return edit, after
+    return None
+
+
+def editing(rng: random.Random, kind: str, allow_unseen: bool = False) -> Example:
+    """A scene and an instruction; to draw: the scene with this one change."""
+    while True:
+        things = place([pick(rng, allow_unseen) for _ in range(rng.randint(1, 4))], rng)
+        if found := random_edit(rng, things, kind, allow_unseen):
+            edit, after = found
+            unseen = (edit.colour, edit.shape) in UNSEEN
+            segments = [Segment(render(things)), Segment(edit.instruction)]
+            segments.append(Segment(render(after), output=True))
+            return Example("editing", kind, segments, after, unseen, things)
+
+
+def in_context(rng: random.Random, kind: str, allow_unseen: bool = False) -> Example:
+    """A scene, the same after an edit, another scene; to draw: the same edit of the other one.
+
+    A thing that changed its colour is known by its shape: nothing else in the other scene has the
+    colour that it had.
+    """
+    while True:
+        things = place([pick(rng, allow_unseen) for _ in range(rng.randint(1, 4))], rng)
+        other = place([pick(rng, allow_unseen) for _ in range(rng.randint(1, 4))], rng)
+        found = random_edit(rng, things, kind, allow_unseen)
+        if not found or not (answer := found[0].apply(other, rng)):
+            continue
+        edit, after = found
+        old = {t.colour for t in things if t.shape == edit.shape}
+        if kind == "recolour" and any(t.colour in old and t.shape != edit.shape for t in other):
+            continue
+        unseen = (edit.colour, edit.shape) in UNSEEN
+        segments = [Segment(render(scene)) for scene in (things, after, other)]
+        segments.append(Segment(render(answer), output=True))
+        return Example("in_context", kind, segments, answer, unseen, other)
+
+
+MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # y pointing down
+STRIDE = 12  # pixels of one move
+FRAMES = 4  # of a story, the first one given
+
+
+def story_moves(scene: list[Thing]) -> list[tuple[str, list[Thing]]]:
+    """What may happen next: the sentence, and the scene with one thing moved by STRIDE."""
+    moves = []
+    for i, actor in enumerate(scene):
+        others = scene[:i] + scene[i + 1 :]
+        for way, (dx, dy) in MOVES.items():
+            moved = replace(actor, x=actor.x + STRIDE * dx, y=actor.y + STRIDE * dy)
+            if fits(moved, others):
+                sentence = f"The {actor.name} moves {way}."
+                moves.append((sentence, [*scene[:i], moved, *scene[i + 1 :]]))
+    return moves
+
+
+def story(rng: random.Random, allow_unseen: bool = False) -> Example:
+    """Two actors meet; in each further sentence and frame one of them moves by STRIDE."""
+    first, second = pick(rng, allow_unseen), pick(rng, allow_unseen)
+    while second == first:
+        second = pick(rng, allow_unseen)
+    scene = start = place([first, second], rng, lambda things: bool(story_moves(things)))
+    names = [with_article(t.name) for t in scene]
+    opening = f"{names[0].capitalize()} meets {names[1]}. Continue this story."
+    segments = [Segment(render(scene)), Segment(opening)]
+    for _ in range(1, FRAMES):
+        sentence, scene = rng.choice(story_moves(scene))
+        segments += [Segment(sentence, output=True), Segment(render(scene), output=True)]
+    unseen = any(pair in UNSEEN for pair in (first, second))
+    return Example("story", "story", segments, scene, unseen, start)
+
+
 class Shapes:
     """The Shapes world as a data set: example(i) depends on (seed, i) alone."""
 
@@ -553,40 +706,25 @@ class Shapes:
             return Example(task, task, [Segment(render(things), output=True)], things)
         if task == "text_to_image":
             return text_to_image(rng, choose(rng, GENEVAL), self.allow_unseen)
-        return understanding(rng, turns=rng.randint(1, 4), allow_unseen=self.allow_unseen)
+        if task == "understanding":
+            return understanding(rng, turns=rng.randint(1, 4), allow_unseen=self.allow_unseen)
+        if task == "editing":
+            return editing(rng, choose(rng, EDITS), self.allow_unseen)
+        if task == "in_context":
+            return in_context(rng, choose(rng, EDITS), self.allow_unseen)
+        return story(rng, self.allow_unseen)
 
 
 @functools.cache
 def shapes_texts() -> list[str]:
-    """What the Shapes world may say, for the tokenizer, with the words of tasks to come."""
-    rng = random.Random(0)
+    """What the Shapes world may say, for the tokenizer."""
     texts = [
         segment.content
         for i in range(4000)
         for segment in Shapes(0, allow_unseen=True).example(i).segments
         if isinstance(segment.content, str)
     ]
-    for _ in range(400):
-        (c1, s1), (c2, s2) = pick(rng, True), pick(rng, True)
-        first, way = f"{c1} {s1}", rng.choice(("left", "right", "up", "down"))
-        texts += [
-            "Generate an image.",
-            f"Make the {s1} {c2}.",
-            f"Make the {first} {c2}.",
-            f"Remove the {s1}.",
-            f"Remove the {first}.",
-            f"Add {with_article(f'{c2} {s2}')}.",
-            "Continue this story.",
-            f"The {first} moves {way}.",
-            f"The {s1} moves {way} and the {s2} stays.",
-            f"The {first} turns {c2}.",
-            f"The {first} {rng.choice(('grows', 'shrinks', 'leaves', 'stays', 'waits'))}.",
-            f"{with_article(first).capitalize()} {rng.choice(('meets', 'joins', 'follows'))} "
-            f"{with_article(f'{c2} {s2}')}.",
-            f"Then the {s1} goes {way} to the {s2}.",
-            str(rng.randint(0, 9)),
-        ]
-    return texts
+    return texts + ["Generate an image.", *"0123456789"]
 
 
 def shapes_words() -> list[str]:

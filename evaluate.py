@@ -1,12 +1,13 @@
 """Evaluation: how good a model of the Shapes world is.
 
-    python evaluate.py shapes       text-to-image by GenEval's six categories, understanding by kind
-                                    of question, and the autoencoder that bounds both
+    python evaluate.py shapes       every task on held-out examples: text-to-image by GenEval's six
+                                    categories, understanding by kind of question, editing,
+                                    in-context editing, stories, and the autoencoder that bounds all
     python evaluate.py speed        every fast path beside its slow reference, as ratios
 
-Text-to-image is judged as GenEval does it: a detector reads the picture, and what it found is
-compared with the caption. The detector knows nothing of what was drawn, it only looks at pixels.
-Reading order: detector, judge, autoencoder, the two tasks, report, speed, command line.
+Pictures are judged as GenEval does it: a detector reads the picture, and what it found is compared
+with what was asked. The detector knows nothing of what was drawn, it only looks at pixels.
+Reading order: detector, judges, autoencoder, the tasks, report, speed, command line.
 """
 
 import argparse
@@ -14,23 +15,23 @@ import functools
 import json
 import math
 import random
+import re
 import sys
-import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import data
 from data import Example, Thing
 from orthus import DiffusionHead, KVCache
-from sample import Parser, Pipeline, Request, generate, load, number, pick_device
+from sample import Answer, Parser, Pipeline, Request, generate, load, number, pick_device, sheet
 from vae import VQVAE
 
 # --- The detector --------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def reads(things: list[Thing], seen: list[Thing], within: float = 3.0) -> bool:
     return True
 
 
-# --- The judge -----------------------------------------------------------------------------------
+# --- The judges ----------------------------------------------------------------------------------
 
 
 def judge(example: Example, seen: list[Thing]) -> bool:
@@ -167,6 +168,51 @@ def stands_as_said(caption: str, seen: list[Thing]) -> bool:
     a, b = sorted(seen, key=lambda t: t.name != first)
     (x, y), (dx, dy) = data.RELATIONS[word], (a.x - b.x, a.y - b.y)
     return x * dx + y * dy > 0.8 * abs(y * dx + x * dy)
+
+
+def new_thing(example: Example, seen: list[Thing]) -> Thing | None:
+    """The thing that an "add" edit added: it may stand anywhere, all others where they were."""
+    for i, thing in enumerate(seen):
+        rest = seen[:i] + seen[i + 1 :]
+        if thing.name == example.things[-1].name and reads(example.before, rest):
+            return thing
+    return None
+
+
+def judge_edit(example: Example, seen: list[Thing]) -> bool:
+    """Whether exactly the asked edit happened: every other thing is what and where it was."""
+    if example.kind == "add":
+        return new_thing(example, seen) is not None
+    return reads(example.things, seen)
+
+
+def kept(example: Example, image: Image.Image, seen: list[Thing]) -> float:
+    """PSNR in decibels of everything outside the edited thing."""
+    if example.kind == "add":
+        edited = new_thing(example, seen)
+        edited = [edited] if edited else []
+    else:
+        edited = [t for t in example.before if t not in example.things]
+    rows, columns = np.indices((data.CANVAS, data.CANVAS)) + 0.5
+    outside = np.ones((data.CANVAS, data.CANVAS), bool)
+    for t in edited:
+        outside &= np.hypot(columns - t.x, rows - t.y) > t.reach + 2
+    error = np.asarray(image, float) - np.asarray(data.render(example.before), float)
+    return -10 * math.log10(max(1e-6, np.square(error[outside] / 255).mean()))
+
+
+def judge_frame(sentence: str, before: list[Thing], after: list[Thing]) -> bool:
+    """Whether a story's frame shows what its sentence says, and nothing else changed."""
+    if sorted(t.name for t in before) != sorted(t.name for t in after):
+        return False
+    match = re.fullmatch(r"The (\w+ \w+) moves (\w+)\.", sentence.strip())
+    if not match or match[2] not in data.MOVES:
+        return False
+    dx, dy = (data.STRIDE * v for v in data.MOVES[match[2]])
+    if match[1] not in [t.name for t in before]:
+        return False
+    moved = [replace(t, x=t.x + dx, y=t.y + dy) if t.name == match[1] else t for t in before]
+    return reads(moved, after, within=4.0)
 
 
 # --- The autoencoder -----------------------------------------------------------------------------
@@ -219,19 +265,22 @@ def autoencoder_report(vae: VQVAE, seed: int, scenes: int) -> dict[str, dict[str
     }
 
 
-# --- The two tasks -------------------------------------------------------------------------------
+# --- The tasks -----------------------------------------------------------------------------------
 
 UNSEEN = "unseen combinations"  # a row of the table
 
 
 @dataclass
 class Verdict:
-    """One example answered: the picture drawn or asked about, what was made of it, right or not."""
+    """One answer: the picture drawn or asked about, what was made of it, right or not."""
 
     row: str  # of the table
     image: Image.Image
     label: str
     right: bool
+    said: str = ""  # the answer to a question
+    expected: str = ""
+    kept: float | None = None  # PSNR of what an edit should not have touched
 
 
 def caption_examples(seed: int, count: int) -> list[tuple[str, Example]]:
@@ -257,14 +306,30 @@ def draw(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
     verdicts = []
     answers = generate(pipeline, requests, **options)
     for (row, example), answer in zip(examples, answers, strict=True):
-        image = answer.images[0] if answer.images else Image.new("RGB", (data.CANVAS,) * 2)
+        image = first_image(answer)
         seen = detect(image)
         right = bool(answer.images) and judge(example, seen)
-        label = example.segments[0].content
-        if not right:
-            label += "\nsaw " + (", ".join(t.name for t in seen) or "nothing")
+        label = example.segments[0].content + saw(seen) * (not right)
         verdicts.append(Verdict(row, image, label, right))
     return verdicts
+
+
+def first_image(answer: Answer) -> Image.Image:
+    """Black where there is none."""
+    return answer.images[0] if answer.images else Image.new("RGB", (data.CANVAS,) * 2)
+
+
+def saw(seen: list[Thing]) -> str:
+    return "\nsaw " + (", ".join(t.name for t in seen) or "nothing")
+
+
+def side_by_side(images: list[Image.Image]) -> Image.Image:
+    """Square images -> a square with up to four of them."""
+    side = data.CANVAS
+    page = Image.new("RGB", (2 * side + 2, 2 * side + 2), "white")
+    for i, image in enumerate(images[:4]):
+        page.paste(image, (i % 2 * (side + 2), i // 2 * (side + 2)))
+    return page
 
 
 def ask(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
@@ -281,7 +346,57 @@ def ask(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
         image, question, expected = (s.content for s in example.segments)
         said = answer.text.strip()
         label = f"{question}\n" + (said if said == expected else f"not {expected}, but {said}")
-        verdicts.append(Verdict(example.kind, image, label, said == expected))
+        verdicts.append(Verdict(example.kind, image, label, said == expected, said, expected))
+    return verdicts
+
+
+def edit(pipeline: Pipeline, seed: int, count: int, in_context: bool, **options) -> list[Verdict]:
+    """Edit held-out scenes, told in words or by an example pair; the kinds of edit in turn."""
+    name, make = ("in context", data.in_context) if in_context else ("edit", data.editing)
+    examples = []
+    for i in range(count):
+        kind = list(data.EDITS)[i % len(data.EDITS)]
+        examples.append(make(random.Random(f"evaluate {name} {seed} {i}"), kind))
+    requests = [Request(e.segments[:-1], seed + i) for i, e in enumerate(examples)]
+    verdicts = []
+    answers = generate(pipeline, requests, **options)
+    for example, answer in zip(examples, answers, strict=True):
+        image = first_image(answer)
+        seen = detect(image)
+        right = bool(answer.images) and judge_edit(example, seen)
+        given = [s.content for s in example.segments[:-1]]
+        label = "" if in_context else given.pop()
+        label += saw(seen) * (not right)
+        page = side_by_side([*given, image])
+        psnr_elsewhere = kept(example, image, seen) if answer.images else 0.0
+        verdicts.append(Verdict(example.kind, page, label, right, kept=psnr_elsewhere))
+    return verdicts
+
+
+def tell(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
+    """Continue held-out stories: for each frame, whether it is true of its sentence and whether
+    the actors are still the same; a frame that is missing is neither."""
+    examples = [data.story(random.Random(f"evaluate story {seed} {i}")) for i in range(count)]
+    requests = [Request(e.segments[:2], seed + i) for i, e in enumerate(examples)]
+    verdicts = []
+    answers = generate(pipeline, requests, **options)
+    for example, answer in zip(examples, answers, strict=True):
+        before, sentence, frames = example.before, "", []
+        for segment in answer.segments:
+            if isinstance(segment.content, str):
+                sentence = segment.content
+                continue
+            frames.append((segment.content, sentence, before, detect(segment.content)))
+            before, sentence = frames[-1][3], ""
+        blank = Image.new("RGB", (data.CANVAS,) * 2), "", [], []
+        actors = sorted(t.name for t in example.before)
+        for frame in range(data.FRAMES - 1):
+            image, sentence, before, seen = frames[frame] if frame < len(frames) else blank
+            right = bool(before) and judge_frame(sentence, before, seen)
+            same = sorted(t.name for t in seen) == actors
+            label = f"{sentence.strip()}" + saw(seen) * (not right)
+            verdicts.append(Verdict("frame is as its sentence", image, label, right))
+            verdicts.append(Verdict("actors stay the same", image, label, same))
     return verdicts
 
 
@@ -291,9 +406,9 @@ def ask(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
 def wilson(right: int, total: int) -> tuple[float, float]:
     """95% interval of a rate (Wilson's score interval)."""
     z = 1.96
-    rate, width = right / total, z * z / total
+    rate, width = right / max(1, total), z * z / max(1, total)
     centre = (rate + width / 2) / (1 + width)
-    half = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total**2)) / (1 + width)
+    half = math.sqrt(z * z * rate * (1 - rate) / max(1, total) + width * width / 4) / (1 + width)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -310,14 +425,29 @@ def tally(verdicts: list[Verdict]) -> dict[str, dict]:
     rows["all"] = everything
     if unseen:
         rows[UNSEEN] = unseen
+    return {name: rate(sum(row), len(row)) for name, row in rows.items()}
+
+
+def rate(right: int, total: int) -> dict:
     return {
-        name: {
-            "right": sum(row),
-            "total": len(row),
-            "rate": sum(row) / len(row),
-            "interval": wilson(sum(row), len(row)),
-        }
-        for name, row in rows.items()
+        "right": right,
+        "total": total,
+        "rate": right / max(1, total),
+        "interval": wilson(right, total),
+    }
+
+
+def pope(verdicts: list[Verdict]) -> dict[str, dict]:
+    """The measures of POPE (Li et al. 2305.10355) over the yes/no questions."""
+    asked = [v for v in verdicts if v.expected in ("yes", "no")]
+    yes = [v for v in asked if v.said == "yes"]
+    true = [v for v in asked if v.expected == "yes"]
+    found = sum(v.expected == "yes" for v in yes)
+    return {
+        "accuracy": rate(sum(v.right for v in asked), len(asked)),
+        "precision": rate(found, len(yes)),
+        "recall": rate(found, len(true)),
+        "yes-rate": rate(len(yes), len(asked)),
     }
 
 
@@ -326,10 +456,13 @@ def show(results: dict) -> str:
     lines = [f"{'autoencoder':24}{'PSNR dB':>8}{'SSIM':>8}{'readable':>10}"]
     for kind, row in results["autoencoder"].items():
         lines.append(f"  {kind:22}{row['psnr']:8.2f}{row['ssim']:8.3f}{row['readable']:10.1%}")
-    for task in ("text to image", "understanding"):
+    for task in TASKS:
         if task in results:
             lines += ["", f"{task:24}{'right':>8}{'total':>8}{'rate':>10}   95% interval"]
         for name, row in results.get(task, {}).items():
+            if name == "psnr elsewhere":
+                lines.append(f"  {name:22}{row:23.2f} dB")
+                continue
             low, high = row["interval"]
             counts = f"{row['right']:8}{row['total']:8}{row['rate']:10.1%}"
             lines.append(f"  {name:22}{counts}   {low:.1%} to {high:.1%}")
@@ -341,19 +474,10 @@ def contact_sheet(verdicts: list[Verdict], columns: int = 12, rows: int = 8) -> 
 
     Examples take the kinds in turn, so that a column holds one kind.
     """
-    side, text, gap = 3 * data.CANVAS, 64, 8
     shown = verdicts[: columns * rows]
-    columns, rows = min(columns, len(shown)), math.ceil(len(shown) / columns)
-    size = (columns * (side + gap) + gap, rows * (side + text + gap) + gap)
-    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=12)
-    pen = ImageDraw.Draw(sheet)
-    for i, v in enumerate(shown):
-        x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text + gap)
-        sheet.paste(v.image.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        lines = [part for line in v.label.split("\n") for part in textwrap.wrap(line, 30)]
-        ink = (20, 120, 50) if v.right else (200, 30, 30)
-        pen.multiline_text((x, y + side + 2), "\n".join(lines[:4]), ink, font, spacing=2)
-    return sheet
+    scale = 192 // shown[0].image.width
+    cells = [(v.image, v.label, (20, 120, 50) if v.right else (200, 30, 30)) for v in shown]
+    return sheet([cells[i : i + columns] for i in range(0, len(cells), columns)], scale)
 
 
 # --- Speed ---------------------------------------------------------------------------------------
@@ -441,6 +565,7 @@ def speed(args: argparse.Namespace) -> None:
 # --- Command line --------------------------------------------------------------------------------
 
 SCENES = 500  # held-out scenes for the autoencoder
+TASKS = ("text to image", "understanding", "pope", "editing", "in-context editing", "stories")
 
 
 def evaluate_shapes(args: argparse.Namespace) -> dict:
@@ -448,12 +573,9 @@ def evaluate_shapes(args: argparse.Namespace) -> dict:
     device = pick_device(args.device)
     results = {key: getattr(args, key) for key in ("checkpoint", "seed", "steps", "cfg_scale")}
     sheets = {}
-    if args.prompts or args.questions:
+    if any((args.prompts, args.questions, args.edits, args.in_context, args.stories)):
         pipeline = load(args.checkpoint, device)
         vae = pipeline.vae
-        for name in ("steps", "cfg_scale"):
-            if results[name] is None:
-                results[name] = pipeline.defaults[name]
     else:
         vae = VQVAE.from_pretrained(args.checkpoint, device, torch.float32)
     if vae.config.resolution != data.CANVAS:
@@ -462,15 +584,26 @@ def evaluate_shapes(args: argparse.Namespace) -> dict:
             f"has {data.CANVAS}: give a checkpoint that was trained on it"
         )
     results["autoencoder"] = autoencoder_report(vae, args.seed, SCENES)
-    size = args.batch_size
+    names = ("steps", "cfg_scale", "cfg_image", "batch_size")
+    options = {name: getattr(args, name) for name in names}
     if args.prompts:
-        options = dict(steps=args.steps, cfg_scale=args.cfg_scale, batch_size=size)
         sheets["text to image"] = draw(pipeline, args.seed, args.prompts, **options)
     if args.questions:  # guidance is for images: one row a question is enough
-        options = dict(cfg_scale=1, batch_size=size)
-        sheets["understanding"] = ask(pipeline, args.seed, args.questions, **options)
+        one_row = options | dict(cfg_scale=1, cfg_image=1)
+        sheets["understanding"] = ask(pipeline, args.seed, args.questions, **one_row)
+        results["pope"] = pope(sheets["understanding"])
+    if args.edits:
+        sheets["editing"] = edit(pipeline, args.seed, args.edits, False, **options)
+    if args.in_context:
+        sheets["in-context editing"] = edit(pipeline, args.seed, args.in_context, True, **options)
+    if args.stories:
+        sheets["stories"] = tell(pipeline, args.seed, args.stories, **options)
     for task, verdicts in sheets.items():
         results[task] = tally(verdicts)
+        if task == "stories":  # its rows are two views of the same frames
+            del results[task]["all"]
+        if verdicts[0].kept is not None:
+            results[task]["psnr elsewhere"] = float(np.mean([v.kept for v in verdicts]))
         if args.samples:
             name = task.replace(" ", "_") + ".png"
             contact_sheet(verdicts).save(args.samples / name)
@@ -495,8 +628,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompts", type=count, default=500, metavar="N",
         help="captions to draw, the six kinds in turn; 0 leaves drawing out (default: 500)")
     add("--questions", type=count, default=500, metavar="N",
-        help="questions to ask, their kinds in turn; 0 leaves them out (default: 500). With "
-        "--prompts 0 too, the checkpoint needs an autoencoder alone")
+        help="questions to ask, their kinds in turn (default: 500)")
+    add("--edits", type=count, default=300, metavar="N",
+        help="edits told in words, their kinds in turn (default: 300)")
+    add("--in-context", type=count, default=300, metavar="N",
+        help="edits told by an example pair (default: 300)")
+    add("--stories", type=count, default=100, metavar="N",
+        help="stories to continue, three frames each (default: 100). With 0 of everything, the "
+        "checkpoint needs an autoencoder alone")
     add("--json", type=Path, metavar="FILE", help="write the numbers here too")
     add("--samples", type=Path, metavar="DIR", help="save sheets of pictures, labelled with what "
         "was asked, green if right, red if wrong")
@@ -504,6 +643,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="DDIM steps (default: the checkpoint's)")
     add("--cfg-scale", type=number(float, 0, 100), metavar="S",
         help="guidance; 1 is none (default: the checkpoint's)")
+    add("--cfg-image", type=number(float, 0, 100), metavar="S",
+        help="guidance towards a prompt's images (default: the checkpoint's)")
     add("--batch-size", type=number(int, 1, 4096), default=64, metavar="N",
         help="requests answered at a time (default: 64)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")

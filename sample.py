@@ -2,31 +2,37 @@
 
     python sample.py --prompt "a red circle left of a blue square"
     python sample.py --image picture.png --prompt "How many circles are there?"
+    python sample.py --image picture.png --prompt "Make the circle blue."
+    python sample.py --image before.png --image after.png --image other.png
+    python sample.py --image frame.png \\
+        --prompt "A red circle meets a blue star. Continue this story."
 
 The last token decides which head speaks: <boi> hands over to the diffusion head for L latents,
-<eoi> is appended, text goes on, until <sep>, <eos> or the budget. Text-to-image and
-question answering are prompts, not modes. Reading order: Request and Answer, contexts (guidance),
-decode (the loop), stream (batches), then the command line.
+<eoi> is appended, text goes on, until <sep>, <eos> or the budget. Text-to-image, question
+answering, editing and stories are prompts, not modes. Reading order: Request, Event and Answer,
+guidance, decode (the loop), stream (batches), then the command line.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 from checkpoint import Parser
 from data import Segment, Tokenizer, collate, layout, to_image
-from orthus import KVCache, Orthus
+from orthus import KVCache, Orthus, OrthusConfig
 from vae import VQVAE
 
 
@@ -37,12 +43,44 @@ class Request:
     prompt: list[Segment]
     seed: int = 0
 
+    @property
+    def images(self) -> list[Segment]:
+        return [s for s in self.prompt if not isinstance(s.content, str)]
+
+
+@dataclass
+class Event:
+    """What just happened to the answer of request number `request`.
+
+    text      content is the next piece of it
+    drawing   an image begins
+    image     content is the finished image
+    note      content says what was forced or left out, and why
+    end       the answer is complete
+    """
+
+    request: int
+    kind: str
+    content: str | Image.Image = ""
+
 
 @dataclass
 class Answer:
-    """What the model wrote: text and images in order."""
+    """What the model wrote: text and images in order, and notes on what was forced or left out."""
 
     segments: list[Segment] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    complete: bool = False
+
+    def add(self, event: Event) -> None:
+        last = self.segments[-1].content if self.segments else None
+        if event.kind == "text" and isinstance(last, str):
+            self.segments[-1].content += event.content
+        elif event.kind in ("text", "image"):
+            self.segments.append(Segment(event.content, output=True))
+        elif event.kind == "note":
+            self.notes.append(event.content)
+        self.complete = event.kind == "end"
 
     @property
     def text(self) -> str:
@@ -51,6 +89,20 @@ class Answer:
     @property
     def images(self) -> list[Image.Image]:
         return [s.content for s in self.segments if not isinstance(s.content, str)]
+
+
+@dataclass
+class Options:
+    """How to answer; None takes the checkpoint's default."""
+
+    steps: int | None = None  # of DDIM
+    cfg_scale: float | None = None  # guidance towards the whole prompt; 1 is none
+    cfg_image: float | None = None  # guidance towards the images of the prompt
+    temperature: float = 0.0  # of text; 0 is greedy
+    top_p: float = 1.0  # nucleus of sampled text
+    max_tokens: int | None = None  # budget of an answer, the latents of its images included
+    min_images: int = 0  # an answer that would end with fewer is given another <boi>
+    max_images: int | None = None  # no <boi> past so many
 
 
 @dataclass
@@ -97,16 +149,39 @@ def load(
 # --- Guidance ------------------------------------------------------------------------------------
 
 
-def contexts(prompt: list[Segment], defaults: dict, cfg_scale: float) -> list[list[Segment]]:
-    """The prompts under which an image of the answer is predicted: the full one comes first."""
-    if cfg_scale == 1:
-        return [prompt]
-    return [prompt, [Segment(defaults["unconditional"])]]
+def is_interleaved(request: Request, options: Options) -> bool:
+    """Whether text and images may alternate: then an answer does not begin with an image by rule,
+    and the checkpoint's "interleaved" defaults hold."""
+    return bool(request.images) or max(options.min_images, options.max_images or 0) > 1
 
 
-def guidance_weights(cfg_scale: float) -> tuple[float, ...]:
-    """Weights of the contexts, adding up to 1: u + s (c - u) = s c + (1 - s) u."""
-    return (1.0,) if cfg_scale == 1 else (cfg_scale, 1 - cfg_scale)
+def contexts(
+    request: Request, defaults: dict, options: Options
+) -> list[tuple[list[Segment], float]]:
+    """The prompts under which an image of the answer is predicted, the full one first, each with
+    its weight in the sum of the head's outputs; the weights add up to 1.
+
+    Two contexts, full f and empty e (an ordinary sentence, "Generate an image."): e + s (f - e).
+    Three, where the prompt holds images i and text:  e + s_image (i - e) + s_text (f - i).
+    A context whose weight is 0 is left out.
+    """
+    if is_interleaved(request, options):
+        defaults = defaults | defaults.get("interleaved", {})
+    scale = defaults["cfg_scale"] if options.cfg_scale is None else options.cfg_scale
+    scale_image = defaults.get("cfg_image", scale)
+    if options.cfg_image is not None:
+        scale_image = options.cfg_image
+    elif options.cfg_scale is not None:
+        scale_image = min(scale_image, scale)  # a prompt that counts for less, images too
+    empty = [Segment(defaults["unconditional"])]
+    if not request.images:
+        rows = [(request.prompt, scale), (empty, 1 - scale)]
+    elif len(request.images) == len(request.prompt):  # no text: the full context is the images'
+        rows = [(request.prompt, scale_image), (empty, 1 - scale_image)]
+    else:
+        rows = [(request.prompt, scale), (request.images, scale_image - scale)]
+        rows.append((empty, 1 - scale_image))
+    return rows[:1] + [(segments, weight) for segments, weight in rows[1:] if weight != 0]
 
 
 # --- The decode loop -----------------------------------------------------------------------------
@@ -116,14 +191,20 @@ def guidance_weights(cfg_scale: float) -> tuple[float, ...]:
 class Decoding:
     """The state of one request in the loop."""
 
+    number: int
     request: Request
     rows: slice  # its rows of the batch, one per context, the full one first
+    weights: tuple[float, ...]  # of its contexts
     budget: int  # tokens it may still write
-    text: torch.Generator  # for sampled text
+    rng: torch.Generator  # for sampled text
+    forced: int | None = None  # the next token, where it is not the model's choice
+    ids: list[int] = field(default_factory=list)  # of the text being written
+    said: str = ""  # what of that text was given out
     noise: Tensor | None = None  # (L, C) of the image being drawn
     latents: list[Tensor] = field(default_factory=list)  # of that image, (C,) each
-    written: list[int | Tensor] = field(default_factory=list)  # tokens, and (L, C) per image
-    forced: int | None = None  # the next token, where it is not the model's choice
+    images: int = 0  # begun
+    notes: list[str] = field(default_factory=list)  # to be given out
+    refused: bool = False  # an image was left out, and that was said
     done: bool = False
 
     @property
@@ -142,17 +223,37 @@ def pick_token(logits: Tensor, temperature: float, top_p: float, rng: torch.Gene
     return int(order[torch.multinomial(probabilities * inside, 1, generator=rng)])
 
 
+def choose(d: Decoding, logits: Tensor, config: OrthusConfig, options: Options) -> int:
+    """The next token of a request from its logits (V,): <boi> only where a whole image fits and
+    one more is allowed, and instead of an end as long as images are missing."""
+    size = config.latents_per_image + 2  # with <boi> and <eoi>
+    full = options.max_images is not None and d.images >= options.max_images
+    if full or d.budget < size + 1:  # <sep> must fit too
+        if not d.refused and int(logits.argmax()) == config.boi_id:
+            d.refused = True
+            why = f"it takes {size + 1} tokens, {d.budget} are left; raise --max-tokens"
+            why = f"--max-images is {options.max_images}" if full else why
+            d.notes.append(f"image {d.images + 1} was left out: {why}")
+        logits = logits.clone()
+        logits[config.boi_id] = float("-inf")
+    token = pick_token(logits, options.temperature, options.top_p, d.rng)
+    missing = options.min_images - d.images
+    if missing <= 0 or token == config.boi_id:
+        return token
+    if token in (config.sep_id, config.eos_id):
+        why = "the model would have stopped"
+    elif d.budget - 1 < missing * size + 1:
+        why = f"{d.budget} tokens are left"
+    else:
+        return token
+    d.notes.append(f"image {d.images + 1} was forced: {why}, --min-images is {options.min_images}")
+    return config.boi_id
+
+
 @torch.inference_mode()
 def decode(
-    pipeline: Pipeline,
-    requests: list[Request],
-    steps: int,
-    cfg_scale: float,
-    temperature: float,
-    top_p: float,
-    max_tokens: int,
-    bar: tqdm,
-) -> list[Answer]:
+    pipeline: Pipeline, requests: list[Request], options: Options, bar: tqdm
+) -> Iterator[Event]:
     """Answer a batch of requests together: one slot of the cache per step for every row.
 
     A row with nothing to say is fed padding, which is invisible and takes no position. The contexts
@@ -160,19 +261,18 @@ def decode(
     """
     model, config = pipeline.model, pipeline.model.config
     device, size = model.norm.weight.device, config.latents_per_image
+    steps = options.steps or pipeline.defaults["steps"]
     sequences, decodings = [], []
-    for request in requests:
-        rows = contexts(request.prompt, pipeline.defaults, cfg_scale)
-        start = len(sequences)
+    for number, request in enumerate(requests):
+        rows, weights = zip(*contexts(request, pipeline.defaults, options), strict=True)
+        where = slice(len(sequences), len(sequences) + len(rows))
         sequences += [layout(segments, pipeline.tokenizer, config) for segments in rows]
-        budget = min(max_tokens, config.max_position_embeddings - len(sequences[start].tokens))
+        budget = room(pipeline, request, options)
         rng = torch.Generator().manual_seed(request.seed)
-        decoding = Decoding(request, slice(start, len(sequences)), budget, rng)
-        has_image = any(not isinstance(s.content, str) for s in request.prompt)
-        if pipeline.defaults.get("image_first") and not has_image:
-            decoding.forced = config.boi_id
-        decodings.append(decoding)
-    weights = guidance_weights(cfg_scale)
+        d = Decoding(number, request, where, weights, budget, rng)
+        if begins_with_image(pipeline, request, options):
+            d.forced = config.boi_id
+        decodings.append(d)
     resolution, hub_pixels = pipeline.vae.config.resolution, pipeline.defaults.get("hub_pixels")
     batch = collate(sequences, config, resolution, True, bool(hub_pixels)).to(device)
     latents = pipeline.vae.encode(batch.images).flatten(0, 1)  # (N, C) of the prompts' images
@@ -184,24 +284,17 @@ def decode(
     forbidden[config.image_code_start : config.image_code_start + config.num_codes] = True
     forbidden[[config.bos_id, config.pad_id, config.unk_id, config.eoi_id, config.image_id]] = True
 
-    while True:
+    while active := [d for d in decodings if not d.done]:
         tokens = torch.full((len(sequences), 1), config.pad_id, device=device)
-        active = [d for d in decodings if not d.done]
         drawing = [d for d in active if d.drawing]
+        draw_latents(model, hidden, drawing, steps)
+        bar.update(len(drawing))
+        for d in drawing:
+            tokens[d.rows] = config.image_id
+            d.budget -= 1
         latents = torch.zeros(0, config.latent_channels, device=device)
-        if drawing:
-            before = torch.stack([hidden[d.rows] for d in drawing])  # (B, G, D)
-            noise = torch.stack([d.noise[len(d.latents)] for d in drawing]).to(device)
-            drawn = model.sample_latents(before, weights, steps, noise)  # (B, C)
-            latents = drawn.repeat_interleave(len(weights), 0)  # one per row that is fed it
-            bar.update(len(drawing))
-            for d, latent in zip(drawing, drawn, strict=True):
-                d.latents.append(latent)
-                tokens[d.rows] = config.image_id
-                d.budget -= 1
-                if len(d.latents) == size:
-                    d.written.append(torch.stack(d.latents))
-                    d.noise, d.latents, d.forced = None, [], config.eoi_id
+        if drawing:  # each is fed to all rows of its request
+            latents = torch.cat([d.latents[-1].expand(len(d.weights), -1) for d in drawing])
         speaking = [d for d in active if d not in drawing]
         choosing = [d for d in speaking if d.forced is None]
         if choosing:
@@ -211,97 +304,132 @@ def decode(
             if d.forced is not None:
                 token, d.forced = d.forced, None
             else:
-                row = logits[choosing.index(d)]
-                if d.budget < size + 3:  # <boi>, the latents, <eoi> and <sep> would not fit
-                    row[config.boi_id] = float("-inf")
-                token = pick_token(row, temperature, top_p, d.text)
+                token = choose(d, logits[choosing.index(d)], config, options)
             tokens[d.rows.start] = token
             d.budget -= 1
             if token == config.boi_id:
                 tokens[d.rows] = token
                 cache.visible[d.rows.start + 1 : d.rows.stop, prompt_end:] = False
-                images = sum(torch.is_tensor(part) for part in d.written)
-                rng = torch.Generator().manual_seed(d.request.seed + images)
+                rng = torch.Generator().manual_seed(d.request.seed + d.images)
                 d.noise = torch.randn(size, config.latent_channels, generator=rng)
+                d.images += 1
                 bar.total += size
             elif token in (config.sep_id, config.eos_id):
                 d.done = True
             elif token != config.eoi_id:
-                d.written.append(token)
-            d.done = d.done or d.budget <= 0
-        if all(d.done for d in decodings):
-            return [read_out(d, pipeline) for d in decodings]
-        hidden = model(tokens, latents, cache)[:, -1]
+                d.ids.append(token)
+            if d.budget <= 0 and not d.done:
+                d.done = True
+                d.notes.append("the answer was cut: its tokens are used up; raise --max-tokens")
+        for d in active:
+            yield from events(d, pipeline)
+        if not all(d.done for d in decodings):
+            hidden = model(tokens, latents, cache)[:, -1]
 
 
-def read_out(decoding: Decoding, pipeline: Pipeline) -> Answer:
-    """Tokens and latents that were written -> text and images in order."""
-    answer, text = Answer(), []
-    for part in [*decoding.written, None]:
-        if isinstance(part, int):
-            text.append(part)
-            continue
-        if text:
-            answer.segments.append(Segment(pipeline.tokenizer.decode(text), output=True))
-            text = []
-        if part is not None:
-            pixels = pipeline.vae.decode(part[None].to(pipeline.vae.post_quant_conv.weight.dtype))
-            answer.segments.append(Segment(to_image(pixels[0]), output=True))
-    return answer
+def draw_latents(model: Orthus, hidden: Tensor, drawing: list[Decoding], steps: int) -> None:
+    """Append the next latent to each image being drawn, those with equal guidance together."""
+    for weights in {d.weights: None for d in drawing}:
+        group = [d for d in drawing if d.weights == weights]
+        before = torch.stack([hidden[d.rows] for d in group])  # (B, G, D)
+        noise = torch.stack([d.noise[len(d.latents)] for d in group]).to(hidden.device)
+        drawn = model.sample_latents(before, weights, steps, noise)  # (B, C)
+        for d, latent in zip(group, drawn, strict=True):
+            d.latents.append(latent)
+
+
+def events(d: Decoding, pipeline: Pipeline) -> Iterator[Event]:
+    """What the last step of the loop brought for one request."""
+    text = pipeline.tokenizer.decode(d.ids)
+    over = d.done or d.drawing
+    if len(text) > len(d.said) and (over or not text.endswith("\ufffd")):  # half a character waits
+        yield Event(d.number, "text", text[len(d.said) :])
+        d.said = text
+    for note in d.notes:
+        yield Event(d.number, "note", note)
+    d.notes = []
+    if d.drawing and not d.latents:
+        d.ids, d.said = [], ""
+        yield Event(d.number, "drawing")
+    if len(d.latents) == pipeline.model.config.latents_per_image:
+        latents = torch.stack(d.latents)[None].to(pipeline.vae.post_quant_conv.weight.dtype)
+        d.noise, d.latents, d.forced = None, [], pipeline.model.config.eoi_id
+        yield Event(d.number, "image", to_image(pipeline.vae.decode(latents)[0]))
+    if d.done:
+        yield Event(d.number, "end")
+
+
+def begins_with_image(pipeline: Pipeline, request: Request, options: Options) -> bool:
+    """Whether the checkpoint's default makes the answer begin with <boi>."""
+    wanted = pipeline.defaults.get("image_first") and options.max_images != 0
+    return bool(wanted) and not is_interleaved(request, options)
+
+
+def room(pipeline: Pipeline, request: Request, options: Options) -> int:
+    """Tokens that the answer to a request may have."""
+    config, tokens = pipeline.model.config, options.max_tokens
+    if tokens is None:  # the checkpoint's default, and more where more images are asked for
+        images = max(options.min_images, options.max_images or 0)
+        default = pipeline.defaults["max_tokens"]
+        tokens = max(default, images * (config.latents_per_image + 2) + default // 2)
+    prompt = len(layout(request.prompt, pipeline.tokenizer, config).tokens)
+    return min(tokens, config.max_position_embeddings - prompt)
+
+
+def check_budget(pipeline: Pipeline, request: Request, options: Options) -> str:
+    """-> what fits, in words. Raises ValueError where the images that must be, or one word, do
+    not."""
+    size = pipeline.model.config.latents_per_image + 2
+    tokens = room(pipeline, request, options)
+    images = max(options.min_images, int(begins_with_image(pipeline, request, options)))
+    if tokens < images * size + 1:
+        context = pipeline.model.config.max_position_embeddings
+        prompt = len(layout(request.prompt, pipeline.tokenizer, pipeline.model.config).tokens)
+        raise ValueError(
+            f"a prompt of {prompt} tokens leaves room for {max(0, tokens)} (max tokens "
+            f"{options.max_tokens or pipeline.defaults['max_tokens']}, context {context}), the "
+            f"answer needs {images * size + 1}; shorten the prompt or raise --max-tokens"
+        )
+    fit = (tokens - 1) // size
+    if options.max_images is not None and options.max_images > fit:
+        return f"only {fit} of {options.max_images} images x {size} fit {tokens} tokens"
+    images = fit if options.max_images is None else options.max_images
+    return f"{images} images x {size} + text fits {tokens}"
 
 
 def stream(
     pipeline: Pipeline,
     requests: list[Request],
-    steps: int | None = None,
-    cfg_scale: float | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    max_tokens: int | None = None,
     batch_size: int = 16,
     progress: bool = True,
-) -> Iterator[Answer]:
-    """Answer requests in order, `batch_size` at a time. None takes the checkpoint's default.
+    **options,
+) -> Iterator[Event]:
+    """Answer requests, `batch_size` at a time, and say what happens as it happens.
 
-    Image j of a request is drawn from noise seeded with seed + j, whatever it is batched with.
-    Raises ValueError, before anything is drawn, where a prompt leaves no room for an answer.
+    The options are those of Options. Image j of a request is drawn from noise seeded with seed + j,
+    whatever it is batched with. Raises ValueError, before anything is drawn, where a prompt leaves
+    no room for an answer.
     """
-    defaults = pipeline.defaults
-    steps = defaults["steps"] if steps is None else steps
-    cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
-    max_tokens = defaults["max_tokens"] if max_tokens is None else max_tokens
+    options = Options(**options)
     for request in requests:
-        check_budget(pipeline, request, max_tokens)
+        check_budget(pipeline, request, options)
 
-    def batches() -> Iterator[Answer]:
+    def batches() -> Iterator[Event]:
         with tqdm(total=0, desc="latents", disable=not progress, leave=False) as bar:
             for i in range(0, len(requests), batch_size):
-                part = requests[i : i + batch_size]
-                args = (steps, cfg_scale, temperature, top_p, max_tokens, bar)
-                yield from decode(pipeline, part, *args)
+                for event in decode(pipeline, requests[i : i + batch_size], options, bar):
+                    bar.clear()  # the caller may print
+                    yield dataclasses.replace(event, request=i + event.request)
 
     return batches()
 
 
 def generate(pipeline: Pipeline, requests: list[Request], **options) -> list[Answer]:
-    """All answers of stream(), which has the options."""
-    return list(stream(pipeline, requests, **options))
-
-
-def check_budget(pipeline: Pipeline, request: Request, max_tokens: int) -> None:
-    """Raise ValueError where the answer cannot even hold one image, or one word."""
-    config = pipeline.model.config
-    prompt = len(layout(request.prompt, pipeline.tokenizer, config).tokens)
-    has_image = any(not isinstance(s.content, str) for s in request.prompt)
-    wants_image = pipeline.defaults.get("image_first") and not has_image
-    least = config.latents_per_image + 3 if wants_image else 1
-    room = min(max_tokens, config.max_position_embeddings - prompt)
-    if room < least:
-        raise ValueError(
-            f"a prompt of {prompt} tokens leaves room for {max(0, room)} (max tokens {max_tokens}, "
-            f"context {config.max_position_embeddings}), the answer needs {least}; shorten the "
-            "prompt or raise --max-tokens"
-        )
+    """All answers; the options are those of stream and Options."""
+    answers = [Answer() for _ in requests]
+    for event in stream(pipeline, requests, **options):
+        answers[event.request].add(event)
+    return answers
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -426,7 +554,8 @@ def pick_device(name: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
-        description="Draw pictures and answer questions about pictures.",
+        description=__doc__.split("The last token")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='example: python sample.py --prompt "two green squares" --num-images 4 --seed 7',
     )
     add = parser.add_argument
@@ -445,12 +574,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "the next seed (default: 1)")
     add("--seed", type=number(int, 0, 2**31), default=0, help="default: 0")
     add("--steps", type=number(int, 1, 1000), help="DDIM steps (default: the checkpoint's)")
-    add("--cfg-scale", type=number(float, 0, 100), help="classifier-free guidance; 1 is none "
-        "(default: the checkpoint's)")
+    add("--cfg-scale", type=number(float, 0, 100), help="classifier-free guidance towards the "
+        "whole prompt; 1 is none (default: the checkpoint's)")
+    add("--cfg-image", type=number(float, 0, 100), help="guidance towards the images of the prompt "
+        "where the answer is an image too; 1 is none (default: the checkpoint's)")
     add("--temperature", type=number(float, 0, 100), default=0.0, help="of text; 0 is greedy")
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="nucleus of sampled text")
     add("--max-tokens", type=number(int, 1, 10**6), help="budget of an answer, an image's latents "
         "included (default: the checkpoint's)")
+    add("--min-images", type=number(int, 0, 1000), default=0, metavar="N",
+        help="go on with an image where the answer would end with fewer (default: 0)")
+    add("--max-images", type=number(int, 0, 1000), metavar="N",
+        help="begin no image past so many (default: as many as the budget holds)")
+    add("--save-every-image", action="store_true", help="write each image the moment it is "
+        "finished, one prompt at a time (a single prompt always does)")
     add("--scale", type=number(int, 1, 64), help="enlarge PNGs for viewing; 1 writes the model's "
         "own pixels (default: the checkpoint's)")
     add("--batch-size", type=number(int, 1, 4096), default=16, help="requests at a time")
@@ -462,7 +599,133 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --prompt (with or without --image), or --requests FILE")
     if args.requests and args.num_images > 1:
         parser.error("--num-images goes with --prompt; repeat the line in the --requests file")
+    if args.max_images is not None and args.max_images < args.min_images:
+        parser.error(f"--max-images {args.max_images} is less than --min-images {args.min_images}")
     return args
+
+
+class Writer:
+    """Puts answers on the screen and on disk, in the order of the requests.
+
+    The first answer that is not complete is shown as it grows and its images are written at once;
+    of those after it, what is finished waits for its turn: images are numbered in prompt order.
+    """
+
+    def __init__(self, requests: list[tuple[str, Request]], output: Path, scale: int, results):
+        self.requests, self.output, self.scale, self.results = requests, output, scale, results
+        self.answers = [Answer() for _ in requests]
+        self.names: list[list[str]] = [[] for _ in requests]  # of the images written
+        self.turn = 0  # the request whose answer is being written
+        self.waiting: list[list[Event]] = [[] for _ in requests]
+        self.count = 0  # images written
+
+    def take(self, event: Event) -> None:
+        self.waiting[event.request].append(event)
+        while self.turn < len(self.requests) and self.waiting[self.turn]:
+            self.write(self.waiting[self.turn].pop(0))
+
+    def write(self, event: Event) -> None:
+        number = event.request
+        answer, names = self.answers[number], self.names[number]
+        answer.add(event)
+        if event.kind == "image":
+            names.append(str(self.output / f"{self.count:04d}.png"))
+            self.count += 1
+            enlarge(event.content, self.scale).save(names[-1])
+            self.say(names[-1])
+        elif event.kind == "text":
+            after_image = answer.images and answer.segments[-1].content == event.content
+            self.say(" " * bool(after_image) + event.content)
+        elif event.kind == "drawing" and answer.segments:
+            self.say("\n")
+        elif event.kind == "note":
+            print(f"note: request {number}: {event.content}", file=sys.stderr)
+        elif event.kind == "end":
+            self.end(number)
+
+    def say(self, text: str) -> None:
+        if not self.results:
+            print(text, end="", flush=True)
+
+    def end(self, number: int) -> None:
+        text, request = self.requests[number]
+        answer, names = self.answers[number], self.names[number]
+        self.say(f" (seed {request.seed})\n")
+        if self.results:
+            line = {"prompt": text, "text": answer.text, "images": names, "seed": request.seed}
+            self.results.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self.results.flush()
+        self.turn = number + 1
+
+    def interrupt(self) -> None:
+        """Write what is finished of the answers that are not."""
+        for number in range(self.turn, len(self.requests)):
+            for event in self.waiting[number]:
+                self.write(event)
+            if self.turn <= number and self.answers[number].segments:
+                self.end(number)
+
+    def write_story(self) -> None:
+        """story.md and story.png, where an answer holds text and images, or several images."""
+        told = [i for i, a in enumerate(self.answers) if a.images and len(a.segments) > 1]
+        if not told:
+            return
+        lines, rows = [], []
+        for i in told:
+            text, request = self.requests[i]
+            names = (f"![]({Path(name).name})" for name in self.names[i])
+            in_front = [] if "<image>" in text else ["<image>"] * len(request.images)
+            lines += ["> " + " ".join([*in_front, text]), ""]
+            for segment in self.answers[i].segments:
+                is_text = isinstance(segment.content, str)
+                lines += [segment.content.strip() if is_text else next(names), ""]
+            rows.append(captioned(request.prompt) + captioned(self.answers[i].segments))
+        (self.output / "story.md").write_text("\n".join(lines), encoding="utf-8")
+        sheet(rows, self.scale).save(self.output / "story.png")
+        print(f"{self.output / 'story.md'} {self.output / 'story.png'}")
+
+
+def enlarge(image: Image.Image, scale: int) -> Image.Image:
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+
+
+Cell = tuple[Image.Image, str, object]  # an image, the text below it and the colour of that
+
+
+def captioned(segments: list[Segment]) -> list[Cell]:
+    """Images, each with the text before it; text after the last one goes to the last one too."""
+    cells, text = [], []
+    for segment in segments:
+        if isinstance(segment.content, str):
+            text.append(segment.content.strip())
+        else:
+            cells.append((segment.content, " ".join(text), "black"))
+            text = []
+    if text and cells:
+        image, caption, ink = cells[-1]
+        cells[-1] = image, " ".join([caption, *text]).strip(), ink
+    return cells
+
+
+def sheet(rows: list[list[Cell]], scale: int) -> Image.Image:
+    """Rows of images, each enlarged, with its text below."""
+    font, gap = ImageFont.load_default(size=12), 8
+    side = max(image.width for row in rows for image, _, _ in row) * scale
+
+    def wrap(text: str) -> str:
+        parts = [textwrap.fill(line, max(8, side // 6)) for line in text.split("\n")]
+        return "\n".join("\n".join(parts).split("\n")[:5])
+
+    below = 2 * gap + 15 * max(wrap(text).count("\n") for row in rows for _, text, _ in row)
+    size = max(map(len, rows)) * (side + gap) + gap, len(rows) * (side + below + gap) + gap
+    page = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(page)
+    for y, row in enumerate(rows):
+        for x, (image, text, ink) in enumerate(row):
+            left, top = gap + x * (side + gap), gap + y * (side + below + gap)
+            page.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left, top))
+            pen.multiline_text((left, top + side + 2), wrap(text), ink, font, spacing=2)
+    return page
 
 
 def run(args: argparse.Namespace) -> None:
@@ -485,31 +748,29 @@ def run(args: argparse.Namespace) -> None:
     if args.hub_pixels:
         pipeline.defaults["hub_pixels"] = True
     warn_unknown_words([text for text, _ in requests], pipeline.defaults.get("words", []))
-    answers = stream(
-        pipeline, [request for _, request in requests], args.steps, args.cfg_scale,
-        args.temperature, args.top_p, args.max_tokens, args.batch_size,
-    )
+    names = [f.name for f in dataclasses.fields(Options)]
+    options = {name: getattr(args, name) for name in names}
+    batch_size = 1 if args.save_every_image else args.batch_size
+    happening = stream(pipeline, [request for _, request in requests], batch_size, **options)
+    least = min(requests, key=lambda r: room(pipeline, r[1], Options(**options)))[1]
+    print("budget: " + check_budget(pipeline, least, Options(**options)))
     scale = args.scale or pipeline.defaults.get("scale", 1)
     output.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files:
+        results = None
         if args.requests:
             results = files.enter_context(open(output / "results.jsonl", "w", encoding="utf-8"))
-        count = 0
-        for (text, request), answer in zip(requests, answers, strict=True):
-            names = [str(output / f"{count + i:04d}.png") for i in range(len(answer.images))]
-            count += len(names)
-            for name, image in zip(names, answer.images, strict=True):
-                size = (image.width * scale, image.height * scale)
-                image.resize(size, Image.Resampling.BICUBIC).save(name)
-            if args.requests:
-                line = {"prompt": text, "text": answer.text, "images": names, "seed": request.seed}
-                results.write(json.dumps(line, ensure_ascii=False) + "\n")
-                results.flush()
-            else:
-                said = [*names, answer.text, f"(seed {request.seed})"]
-                tqdm.write(" ".join(filter(None, said)))
+        writer = Writer(requests, output, scale, results)
+        try:
+            for event in happening:
+                writer.take(event)
+        except KeyboardInterrupt:
+            writer.interrupt()
+            writer.write_story()
+            raise
+    writer.write_story()
     if args.requests:
-        print(f"{output / 'results.jsonl'}: {len(requests)} answers, {count} images")
+        print(f"{output / 'results.jsonl'}: {len(requests)} answers, {writer.count} images")
     print(f"{time.time() - started:.1f} seconds")
 
 
@@ -517,6 +778,9 @@ def main() -> None:
     args = parse_args()
     try:
         run(args)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was finished is in {args.output}", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         tqdm.write(f"sample.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -71,7 +71,7 @@ PRESETS = {
         base_channels=32,
         channel_multiplier=(1, 1, 2, 3, 3),
         num_res_blocks=1,
-        latent_channels=64,
+        latent_channels=32,
         num_codes=2048,
         groups=1,  # twice as fast in training on a CPU as 8 or 32
     ),

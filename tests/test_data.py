@@ -122,6 +122,14 @@ def test_unseen_combinations_never_occur_in_training():
         assert not example.unseen
 
 
+def test_questions_never_name_unseen_combinations():
+    names = [f"{colour} {shape}" for colour, shape in data.UNSEEN]
+    for i in range(3000):
+        example = Shapes(1).example(i)
+        texts = [s.content for s in example.segments if isinstance(s.content, str)]
+        assert not any(name in text for name in names for text in texts)
+
+
 def test_things_keep_their_distance_and_stay_inside():
     rng = random.Random(0)
     for _ in range(200):
@@ -217,6 +225,124 @@ def test_absent_kinds_are_counted_too():
     assert answers == set(data.COUNTS)
 
 
+def outside(things: list[data.Thing]) -> np.ndarray:
+    """Pixels (64, 64) that none of these things touch."""
+    rows, columns = np.indices((64, 64)) + 0.5
+    distance = [np.hypot(columns - t.x, rows - t.y) - t.reach for t in things]
+    return np.all([d > 1 for d in distance], axis=0)
+
+
+def differences(before: list[data.Thing], after: list[data.Thing]) -> list[data.Thing]:
+    return [t for t in before + after if not (t in before and t in after)]
+
+
+@pytest.mark.parametrize("make", [data.editing, data.in_context])
+@pytest.mark.parametrize("kind", data.EDITS)
+def test_an_edit_changes_one_thing_and_no_pixel_elsewhere(make, kind):
+    rng = random.Random(kind)
+    for _ in range(50):
+        example = make(rng, kind)
+        assert example.kind == kind and 1 <= len(example.things) <= 4
+        changed = differences(example.before, example.things)
+        assert len({(t.x, t.y) for t in changed}) == 1
+        given = [s.content for s in example.segments if not s.output]
+        source = given[0] if make is data.editing else given[-1]
+        a, b = np.asarray(source), np.asarray(example.segments[-1].content)
+        same = outside(changed)
+        assert np.array_equal(a[same], b[same]) and not np.array_equal(a, b)
+
+
+def test_instructions_say_what_was_done():
+    rng = random.Random(0)
+    for kind in data.EDITS:
+        for _ in range(50):
+            example = data.editing(rng, kind)
+            words = example.segments[1].content.rstrip(".").split()
+            old, new = (
+                [t for t in a if t not in b]
+                for a, b in ((example.before, example.things), (example.things, example.before))
+            )
+            if kind == "recolour":
+                assert words == ["Make", "the", old[0].shape, new[0].colour]
+                assert sum(t.shape == old[0].shape for t in example.before) == 1
+            elif kind == "remove":
+                assert words == ["Remove", "the", old[0].shape] and not new
+            else:
+                assert " ".join(words) == f"Add {data.with_article(new[0].name)}" and not old
+
+
+def test_in_context_pairs_show_the_same_edit():
+    """What happened between the first two pictures is what happens to the third."""
+    rng = random.Random(1)
+    shown = []
+    original = data.Edit.apply
+
+    def record(edit, things, rng):
+        shown.append((edit, things, original(edit, things, rng)))
+        return shown[-1][2]
+
+    for kind in data.EDITS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data.Edit, "apply", record)
+            example = data.in_context(rng, kind)
+        (edit, a, after), (again, b, answer) = shown[-2:]
+        assert edit == again and b == example.before and answer == example.things
+        pictures = [data.render(scene) for scene in (a, after, b, answer)]
+        for segment, expected in zip(example.segments, pictures, strict=True):
+            assert np.array_equal(segment.content, expected)
+
+
+def test_stories_move_one_actor_a_stride_as_they_say():
+    rng = random.Random(2)
+    for _ in range(50):
+        example = data.story(rng)
+        opening, *texts = [s.content for s in example.segments if isinstance(s.content, str)]
+        frames = [s.content for s in example.segments if not isinstance(s.content, str)]
+        assert len(frames) == data.FRAMES and len(texts) == data.FRAMES - 1
+        scene = example.before
+        assert opening.endswith(". Continue this story.")
+        assert all(data.with_article(t.name) in opening.lower() for t in scene)
+        for text, frame in zip(texts, frames[1:], strict=True):
+            (scene,) = [after for said, after in data.story_moves(scene) if said == text]
+            assert np.array_equal(data.render(scene), frame)
+        assert scene == example.things
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_every_task_round_trips_text_and_images_through_its_layout(task, tokenizer):
+    for i in range(20):
+        example = Shapes(3, {task: 1.0}).example(i)
+        assert example.task == task
+        sequence = data.layout(example.segments, tokenizer, CONFIG)
+        pieces, ids, at = [], [], 0
+        special = {CONFIG.bos_id, CONFIG.sep_id, CONFIG.boi_id, CONFIG.eoi_id, CONFIG.image_id}
+        for token in [*sequence.tokens, CONFIG.sep_id]:
+            if token in special and ids:
+                pieces.append(tokenizer.decode(ids))
+                ids = []
+            if token == CONFIG.boi_id:
+                pieces.append(sequence.images[at])
+                at += 1
+            elif token not in special:
+                ids.append(token)
+        assert pieces == [s.content for s in example.segments]
+        written = [
+            i for i, label in zip(sequence.tokens, sequence.labels, strict=True) if label != -100
+        ]
+        images = sum(s.output and not isinstance(s.content, str) for s in example.segments)
+        assert written.count(CONFIG.boi_id) == images
+
+
+def test_detail_marks_digits_and_nothing_else():
+    digit = data.Thing("circle", "red", 20.0, 40.0, 9.0, rgb=(220, 40, 40), digit=8)
+    plain = data.replace(digit, digit=None)
+    changed = np.asarray(render([digit])) != np.asarray(render([plain]))
+    mask = data.detail([digit])[0].numpy() > 0
+    assert mask[changed.any(-1)].all() and mask.sum() < 100
+    assert data.detail([plain]).sum() == 0
+
+
 def test_autoencoder_batches_depend_on_seed_and_step():
-    assert torch.equal(data.scene_images(1, 2, 3), data.scene_images(1, 2, 3))
-    assert not torch.equal(data.scene_images(1, 2, 3), data.scene_images(1, 3, 3))
+    images = lambda seed, step: data.scene_images(seed, step, 3)[0]
+    assert torch.equal(images(1, 2), images(1, 2))
+    assert not torch.equal(images(1, 2), images(1, 3))

@@ -45,7 +45,7 @@ def test_detector_reads_99_percent_of_rendered_scenes():
 
 
 def test_detector_reads_blurred_scenes():
-    scenes = [data.random_scene(random.Random(f"blur {i}"), most=2) for i in range(100)]
+    scenes = [data.random_scene(random.Random(f"blur {i}")) for i in range(100)]
     blur = ImageFilter.GaussianBlur(0.8)
     assert sum(reads(s, detect(data.render(s).filter(blur))) for s in scenes) >= 95
 
@@ -190,6 +190,72 @@ def test_no_picture_is_wrong_and_answers_are_compared_exactly(monkeypatch):
     assert sheet.width > 12 * 3 * 64
 
 
+def truthful(pipeline, requests, **options):
+    """Answers every edit and story with its own truth, found again by its seed."""
+    return [Answer(TRUTH[r.seed]) for r in requests]
+
+
+TRUTH = {}
+
+
+def remember(name: str, make, seed: int, count: int) -> list[data.Example]:
+    examples = []
+    for i in range(count):
+        kind = () if make is data.story else (list(data.EDITS)[i % len(data.EDITS)],)
+        examples.append(make(random.Random(f"evaluate {name} {seed} {i}"), *kind))
+        TRUTH[seed + i] = [s for s in examples[-1].segments if s.output]
+    return examples
+
+
+@pytest.mark.parametrize("in_context", [False, True])
+def test_a_perfect_editor_gets_everything_right(in_context, monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", truthful)
+    make = data.in_context if in_context else data.editing
+    examples = remember("in context" if in_context else "edit", make, 7, 30)
+    verdicts = evaluate.edit(None, 7, 30, in_context)
+    assert all(v.right for v in verdicts) and all(v.kept == 60 for v in verdicts)
+    for i, example in enumerate(examples):  # an editor that does nothing
+        TRUTH[7 + i] = [Segment(data.render(example.before), True)]
+    verdicts = evaluate.edit(None, 7, 30, in_context)
+    assert not any(v.right for v in verdicts) and all(v.kept == 60 for v in verdicts)
+
+
+def test_an_edit_that_also_moves_another_thing_is_wrong():
+    rng = random.Random(0)
+    while len((example := data.editing(rng, "recolour")).things) < 3:
+        pass
+    assert evaluate.judge_edit(example, example.things)
+    moved = [replace(example.things[0], x=example.things[0].x + 5), *example.things[1:]]
+    assert not evaluate.judge_edit(example, moved)
+    picture = data.render(moved)
+    assert evaluate.kept(example, picture, moved) < 30
+
+
+def test_a_perfect_narrator_gets_every_frame_right(monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", truthful)
+    examples = remember("story", data.story, 7, 20)
+    table = evaluate.tally(evaluate.tell(None, 7, 20))
+    assert table["frame is as its sentence"]["rate"] == 1 == table["actors stay the same"]["rate"]
+    for i in range(20):  # sentences of another story: actors stay the same, frames are not as said
+        sentence = examples[i - 1].segments[2]
+        TRUTH[7 + i] = [sentence if isinstance(s.content, str) else s for s in TRUTH[7 + i]]
+    table = evaluate.tally(evaluate.tell(None, 7, 20))
+    assert table["frame is as its sentence"]["rate"] < 0.3
+    assert table["actors stay the same"]["rate"] == 1
+    monkeypatch.setattr(evaluate, "generate", lambda p, rs, **o: [Answer() for _ in rs])
+    table = evaluate.tally(evaluate.tell(None, 7, 4))
+    assert all((row["right"], row["total"]) == (0, 12) for row in list(table.values())[:2])
+
+
+def test_measures_of_pope():
+    pairs = [("yes", "yes")] * 3 + [("yes", "no")] + [("no", "no")] * 4 + [("no", "yes")] * 2
+    picture = Image.new("RGB", (64, 64))
+    verdicts = [evaluate.Verdict("exists", picture, "", a == b, a, b) for a, b in pairs]
+    verdicts.append(evaluate.Verdict("count", picture, "", True, "two", "two"))
+    rates = {name: row["rate"] for name, row in evaluate.pope(verdicts).items()}
+    assert rates == {"accuracy": 0.7, "precision": 0.75, "recall": 0.6, "yes-rate": 0.4}
+
+
 def test_unseen_captions_name_unseen_combinations():
     names = [f"{colour} {shape}" for colour, shape in data.UNSEEN]
     for row, example in evaluate.caption_examples(3, 60):
@@ -211,7 +277,9 @@ def untrained(tmp_path):
 def test_autoencoder_alone_from_the_command_line(untrained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "SCENES", 4)
     file = tmp_path / "numbers.json"
-    arguments = ["--checkpoint", str(untrained), "--prompts", "0", "--questions", "0"]
+    arguments = ["--checkpoint", str(untrained)]
+    for flag in ("--prompts", "--questions", "--edits", "--in-context", "--stories"):
+        arguments += [flag, "0"]
     evaluate.main(["shapes", *arguments, "--json", str(file)])
     assert "quantised" in capsys.readouterr().out
     row = json.loads(file.read_text())["autoencoder"]["continuous"]

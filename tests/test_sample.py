@@ -116,7 +116,9 @@ def test_guidance_scale_one_is_no_guidance_and_the_unconditional_row_matters(pip
     run = lambda scale: generate(pipeline, texts("a star"), cfg_scale=scale, progress=False)
     plain, guided = run(1.0)[0].images[0], run(3.0)[0].images[0]
     assert grey_levels(plain, guided) > 3
-    monkeypatch.setattr(sample, "guidance_weights", lambda scale: (1.0, 0.0))
+    contexts = sample.contexts
+    unweighted = lambda *a: [(c[0], w) for c, w in zip(contexts(*a), (1.0, 0.0), strict=True)]
+    monkeypatch.setattr(sample, "contexts", unweighted)
     assert grey_levels(run(3.0)[0].images[0], plain) <= 2
     monkeypatch.undo()
     monkeypatch.setitem(pipeline.defaults, "unconditional", "a red circle")
@@ -140,74 +142,183 @@ CONFIG = OrthusConfig.preset("tiny", **SMALL)
 
 
 def decode(pipeline, requests, **changes):
-    args = dict(steps=3, cfg_scale=2.0, temperature=0.0, top_p=1.0, max_tokens=60)
+    options = sample.Options(**(dict(steps=3, cfg_scale=2.0, max_tokens=60) | changes))
+    answers = [sample.Answer() for _ in requests]
     with tqdm(total=0, disable=True) as bar:
-        return sample.decode(pipeline, requests, **(args | changes), bar=bar)
+        for event in sample.decode(pipeline, requests, options, bar):
+            answers[event.request].add(event)
+    return answers
 
 
-def test_generate_then_rescore_gives_the_same_choices_and_latents(pipeline, monkeypatch):
+@pytest.fixture
+def latents_drawn(pipeline, monkeypatch):
+    """Records (hidden, latents) of each call of sample_latents."""
+    drawn = []
+    original = pipeline.model.sample_latents
+
+    def record(hidden, *args):
+        drawn.append((hidden, original(hidden, *args)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(pipeline.model, "sample_latents", record)
+    return drawn
+
+
+@pytest.fixture
+def tokens_picked(monkeypatch):
+    """Records every token that pick_token chose."""
+    picked = []
+    original = sample.pick_token
+    record = lambda *args: picked.append(original(*args)) or picked[-1]
+    monkeypatch.setattr(sample, "pick_token", record)
+    return picked
+
+
+def test_generate_then_rescore_gives_the_same_choices_and_latents(
+    pipeline, latents_drawn, tokens_picked
+):
     """Decode text-image-text with the cache, then run the whole sequence at once: each token is
     the one the full run prefers, each latent the one it predicts from the same noise."""
-    written = []
-    read_out = sample.read_out
-    monkeypatch.setattr(
-        sample, "read_out", lambda d, p: (written.append(list(d.written)), read_out(d, p))[1]
-    )
     decode(pipeline, texts("a star", seed=9), cfg_scale=1.0, max_tokens=40)
-    latents, tail = written[0][0], written[0][1:]
+    latents, tail = torch.cat([drawn for _, drawn in latents_drawn]), list(tokens_picked)
     prompt = data.layout([Segment("a star")], pipeline.tokenizer, CONFIG).tokens
     image = [CONFIG.boi_id, *[CONFIG.image_id] * 16, CONFIG.eoi_id]
     tokens = torch.tensor([prompt + image + tail])
-    hidden = pipeline.model(tokens, latents)[0]
-    noise = torch.randn(16, 64, generator=torch.Generator().manual_seed(9))
-    start = len(prompt)
-    before = hidden[start : start + 16, None]  # (16, 1, D): BOI's, then each latent's but the last
-    again = pipeline.model.sample_latents(before, (1.0,), 3, noise)
-    assert torch.allclose(again, latents, atol=1e-3)
-    logits = pipeline.model.lm_head(hidden[start + 17 : -1])
-    logits[:, : CONFIG.image_id + 1] = -torch.inf
-    assert len(tail) > 3 and logits.argmax(-1).tolist() == tail
+    with torch.inference_mode():
+        hidden = pipeline.model(tokens, latents)[0]
+        rng = torch.Generator().manual_seed(9)
+        noise = torch.randn(16, CONFIG.latent_channels, generator=rng)
+        start = len(prompt)
+        before = hidden[start : start + 16, None]  # (16, 1, D): BOI's, then each latent's
+        again = pipeline.model.sample_latents(before, (1.0,), 3, noise)
+        assert torch.allclose(again, latents, atol=1e-3)
+        logits = pipeline.model.lm_head(hidden[start + 17 : -1]).clone()
+        logits[:, : CONFIG.image_id + 1] = -torch.inf
+        assert len(tail) > 3 and logits.argmax(-1).tolist() == tail
 
 
-def test_image_codes_placeholder_pad_and_bos_are_never_written_as_text(pipeline):
+def test_image_codes_placeholder_pad_and_bos_are_never_written_as_text(pipeline, tokens_picked):
     for seed in range(5):
         answer = decode(pipeline, texts("a", seed=seed), temperature=5.0)[0]
         assert answer.text  # hot enough to write something, and decode() would drop specials
+    decode(pipeline, texts("a", "b", "c", "d", seed=3), temperature=50.0)
     c = CONFIG
-    written = []
-    original = sample.pick_token
-    try:
-        sample.pick_token = lambda logits, *a: written.append(original(logits, *a)) or written[-1]
-        decode(pipeline, texts("a", "b", "c", "d", seed=3), temperature=50.0)
-    finally:
-        sample.pick_token = original
     banned = {c.bos_id, c.pad_id, c.image_id, c.eoi_id, *range(4, 4 + c.num_codes)}
-    assert len(written) > 20 and not banned & set(written)
+    assert len(tokens_picked) > 20 and not banned & set(tokens_picked)
+
+
+def always(token: int, monkeypatch) -> None:
+    """Make the model want one token wherever it is allowed, else an ordinary word."""
+    pick = lambda logits, *a: token if logits[token] > -torch.inf else 60
+    monkeypatch.setattr(sample, "pick_token", pick)
 
 
 @pytest.mark.parametrize("max_tokens", range(19, 60, 8))
 def test_the_budget_never_cuts_an_image(pipeline, max_tokens, monkeypatch):
     """Whatever the budget, every image that was begun has all its latents."""
-    boi = lambda logits, *a: CONFIG.boi_id if logits[CONFIG.boi_id] > -torch.inf else 60
-    monkeypatch.setattr(sample, "pick_token", boi)
+    always(CONFIG.boi_id, monkeypatch)
     answer = decode(pipeline, texts("a star"), max_tokens=max_tokens)[0]
     assert len(answer.images) == max(1, max_tokens // 18 - (max_tokens % 18 < 1))
 
 
-def test_the_unconditional_context_restarts_at_each_image(pipeline, monkeypatch):
+def test_images_that_are_missing_are_forced_and_said_so(pipeline, monkeypatch):
+    always(CONFIG.sep_id, monkeypatch)
+    question = Request([Segment(picture(1)), Segment("What colour is the star?")])
+    assert not decode(pipeline, [question])[0].images
+    answer = decode(pipeline, [question], min_images=2)[0]
+    assert len(answer.images) == 2 and len(answer.notes) == 2
+    assert "would have stopped" in answer.notes[0] and "--min-images" in answer.notes[0]
+    always(60, monkeypatch)  # a babbler, stopped while there is room
+    answer = decode(pipeline, [question], min_images=2, max_tokens=50)[0]
+    assert len(answer.images) == 2 and "tokens are left" in answer.notes[0]
+    assert answer.segments[0].content and "cut" in answer.notes[-1]
+
+
+def test_no_image_is_begun_past_the_maximum(pipeline, monkeypatch):
+    always(CONFIG.boi_id, monkeypatch)
+    for most in (0, 1, 2):
+        answer = decode(pipeline, texts("a star"), max_images=most)[0]
+        assert len(answer.images) == most
+    wants_boi = 9.0 * (torch.arange(CONFIG.vocab_size) == CONFIG.boi_id)
+    monkeypatch.setattr(pipeline.model.lm_head, "forward", lambda h: wants_boi + 0 * h[:, :1])
+    notes = decode(pipeline, texts("a star"), max_images=2)[0].notes
+    assert sum("image 3 was left out: --max-images is 2" in note for note in notes) == 1
+    notes = decode(pipeline, texts("a star"), max_tokens=30)[0].notes
+    assert sum("image 2 was left out: it takes 19 tokens" in note for note in notes) == 1
+
+
+def test_the_budget_is_told_before_the_start(pipeline):
+    told = lambda **o: sample.check_budget(pipeline, texts("a star")[0], sample.Options(**o))
+    assert told(max_images=3) == "3 images x 18 + text fits 74"
+    assert told(max_tokens=40) == "2 images x 18 + text fits 40"
+    assert told(max_tokens=40, max_images=5) == "only 2 of 5 images x 18 fit 40 tokens"
+    with pytest.raises(ValueError, match="needs 55"):
+        told(max_tokens=40, min_images=3)
+
+
+def test_the_unconditional_context_restarts_at_each_image(pipeline, latents_drawn, monkeypatch):
     """The second image's unconditional hidden state at BOI equals the first's: it has seen nothing
-    but its own prompt and BOI."""
-    seen = []
-    original = pipeline.model.sample_latents
-    monkeypatch.setattr(
-        pipeline.model, "sample_latents", lambda h, *a: (seen.append(h), original(h, *a))[1]
-    )
-    boi = lambda logits, *a: CONFIG.boi_id if logits[CONFIG.boi_id] > -torch.inf else 60
-    monkeypatch.setattr(sample, "pick_token", boi)
-    decode(pipeline, texts("a star"), max_tokens=40)
-    assert len(seen) == 32
-    assert torch.allclose(seen[0][0, 1], seen[16][0, 1], atol=1e-5)
-    assert not torch.allclose(seen[0][0, 0], seen[16][0, 0], atol=1e-2)
+    but its own prompt and BOI. So does that of the prompt's images alone."""
+    always(CONFIG.boi_id, monkeypatch)
+    edit = Request([Segment(picture(1)), Segment("Make the star blue.")])
+    for request, contexts in ((texts("a star")[0], 2), (edit, 3)):
+        latents_drawn.clear()
+        decode(pipeline, [request], max_tokens=40, cfg_image=1.5)
+        first, second = latents_drawn[0][0][0], latents_drawn[16][0][0]  # (G, D)
+        assert len(latents_drawn) == 32 and len(first) == contexts
+        assert torch.allclose(first[1:], second[1:], atol=1e-5)
+        assert not torch.allclose(first[0], second[0], atol=1e-2)
+
+
+def test_contexts_of_an_edit_are_the_whole_prompt_its_images_and_nothing(pipeline):
+    image, text = Segment(picture(1)), Segment("Make the star blue.")
+    rows = lambda prompt, **o: sample.contexts(Request(prompt), DEFAULTS, sample.Options(**o))
+    empty = [Segment("Generate an image.")]
+    assert rows([image, text], cfg_scale=4.0, cfg_image=1.5) == [
+        ([image, text], 4.0), ([image], -2.5), (empty, -0.5),
+    ]
+    both = [image, text]
+    assert rows(both, cfg_scale=4.0, cfg_image=1.0) == [(both, 4.0), ([image], -3)]
+    assert rows(both, cfg_scale=4.0, cfg_image=4.0) == [(both, 4.0), (empty, -3)]
+    assert rows(both, cfg_scale=1.0) == [(both, 1.0)]
+    assert rows([image] * 2, cfg_scale=4.0, cfg_image=2.0) == [([image] * 2, 2.0), (empty, -1)]
+    assert rows([text], cfg_scale=4.0) == [([text], 4.0), (empty, -3)]
+
+
+def test_three_way_guidance_reduces_to_two_way_and_to_none(pipeline, monkeypatch):
+    """A context with a weight of zero changes nothing against one that is left out."""
+    always(CONFIG.boi_id, monkeypatch)
+    edit = [Request([Segment(picture(1)), Segment("Make the star blue.")], 3)]
+    image = lambda **o: decode(pipeline, edit, max_images=1, **o)[0].images[0]
+    contexts = sample.contexts
+    keep_all = lambda r, d, o: [
+        *contexts(r, d, o),
+        *[(prompt, 0.0) for prompt in ([r.prompt[0]], [Segment("Generate an image.")])],
+    ]
+    for weights in (dict(cfg_scale=3.0, cfg_image=1.0), dict(cfg_scale=3.0, cfg_image=3.0),
+                    dict(cfg_scale=1.0, cfg_image=1.0)):
+        plain = image(**weights)
+        monkeypatch.setattr(sample, "contexts", keep_all)
+        assert grey_levels(image(**weights), plain) <= 2
+        monkeypatch.setattr(sample, "contexts", contexts)
+    assert grey_levels(image(cfg_scale=3.0, cfg_image=2.0), plain) > 3
+
+
+def test_text_and_images_are_given_out_as_they_are_made(pipeline, monkeypatch):
+    """The pieces of text add up to the answer's; an image is begun before it is finished."""
+    script = iter([60, 61, 62, CONFIG.boi_id, 70, 71, CONFIG.sep_id])
+    monkeypatch.setattr(sample, "pick_token", lambda *a: next(script))
+    question = [Request([Segment(picture(1)), Segment("What colour is the star?")])]
+    happened = list(sample.stream(pipeline, question, progress=False))
+    kinds = [e.kind for e in happened]
+    assert kinds == ["text"] * 3 + ["drawing", "image"] + ["text"] * 2 + ["end"]
+    said = pipeline.tokenizer.decode([60, 61, 62])
+    assert "".join(e.content for e in happened[:3]) == said
+    answer = sample.Answer()
+    for event in happened:
+        answer.add(event)
+    assert answer.segments[0].content == said and answer.complete
+    assert [isinstance(s.content, str) for s in answer.segments] == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -270,9 +381,65 @@ def test_command_line_writes_pictures_in_prompt_order(run, directory, tmp_path):
     code, said, _ = run("--checkpoint", directory, "--prompt", "a star", "--prompt", "a circle",
                         "--num-images", 2, "--seed", 5, "--scale", 1, "--output", out)
     assert code == 0
-    assert sorted(p.name for p in out.iterdir()) == [f"000{i}.png" for i in range(4)]
+    assert sorted(p.name for p in out.glob("0*")) == [f"000{i}.png" for i in range(4)]
     assert Image.open(out / "0003.png").size == (64, 64)
     assert str(out / "0000.png") in said and "seed 6" in said and "seconds" in said
+
+
+def interleaved(monkeypatch, images: int = 2) -> None:
+    """A model that writes a word, an image, a word, an image, ..."""
+    script = [60, CONFIG.boi_id] * images + [CONFIG.sep_id]
+    turns = iter(script * 20)
+    monkeypatch.setattr(sample, "pick_token", lambda *a: next(turns))
+
+
+def test_a_story_is_written_with_its_pictures(run, directory, tmp_path, monkeypatch):
+    interleaved(monkeypatch)
+    picture(3).save(tmp_path / "in.png")
+    out = tmp_path / "out"
+    code, said, _ = run("--checkpoint", directory, "--image", tmp_path / "in.png", "--prompt",
+                        "Continue this story.", "--output", out)
+    assert code == 0 and "images x 18 + text fits" in said
+    assert {p.name for p in out.iterdir()} == {"0000.png", "0001.png", "story.md", "story.png"}
+    story = (out / "story.md").read_text()
+    assert story.startswith("> <image> Continue this story.")
+    assert story.index("(0000.png)") < story.index("(0001.png)")
+    assert Image.open(out / "story.png").width > 3 * 64  # the prompt's image and both of the answer
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_ctrl_c_keeps_what_is_finished(run, directory, tmp_path, monkeypatch, prompts):
+    interleaved(monkeypatch, 3)
+    decode_image, made = VQVAE.decode, []
+
+    def decode(self, latents):
+        made.append(len(list(tmp_path.glob("*.png"))))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return decode_image(self, latents)
+
+    monkeypatch.setattr(VQVAE, "decode", decode)
+    code, said, warned = run("--checkpoint", directory, *["--prompt", "Once more."] * prompts,
+                             "--min-images", 3, "--output", tmp_path, "--save-every-image")
+    assert code == 130 and "interrupted" in warned
+    assert made == [0, 1]  # the first was on disk before the second was finished
+    assert {p.name for p in tmp_path.iterdir()} == {"0000.png", "story.md", "story.png"}
+
+
+def test_images_of_a_batch_are_numbered_in_prompt_order(run, directory, tmp_path):
+    """The second answer is finished first: it waits for its turn."""
+    lines = [{"prompt": "a star", "seed": 1}, {"prompt": "a circle", "seed": 2}]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    requests = [(line["prompt"], Request([Segment(line["prompt"])], 0)) for line in lines]
+    results = open(tmp_path / "results.jsonl", "w")
+    writer = sample.Writer(requests, tmp_path, 1, results)
+    for number, colour in ((1, "blue"), (0, "red")):
+        writer.take(sample.Event(number, "image", Image.new("RGB", (8, 8), colour)))
+        writer.take(sample.Event(number, "end"))
+    results.close()
+    names = [json.loads(x)["images"] for x in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert names == [[str(tmp_path / "0000.png")], [str(tmp_path / "0001.png")]]
+    assert Image.open(names[0][0]).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_requests_file_is_answered_line_by_line(run, directory, tmp_path):
@@ -315,6 +482,12 @@ BAD = {
     "images per request": (["--requests", __file__, "--num-images", "2"], "--num-images"),
     "missing requests": (["--requests", "no.jsonl"], "no.jsonl"),
     "too long a prompt": (["--prompt", "a star " * 400], "shorten"),
+    "fewer than the fewest": (
+        ["--prompt", "a", "--min-images", "3", "--max-images", "2"], "--max-images 2"
+    ),
+    "images that do not fit": (
+        ["--prompt", "a", "--min-images", "3", "--max-tokens", "40"], "--max-tokens"
+    ),
     "too small a budget": (["--prompt", "a star", "--max-tokens", "5"], "max tokens 5"),
 }
 
