@@ -239,11 +239,30 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     return (luminance * contrast).view(*images.shape[:2], -1).mean((1, 2))
 
 
+def legible(things: list[Thing], image: Image.Image) -> list[bool]:
+    """For each digit of a scene whether, of the ten that could stand there, a picture of the scene
+    (64, 64) shows the right one best."""
+    pixels, right = np.asarray(image, float), []
+    for i, thing in enumerate(things):
+        if thing.digit is None:
+            continue
+        x, y = int(thing.x), int(thing.y)
+        box = slice(y - 5, y + 5), slice(x - 5, x + 5)
+        errors = []
+        for digit in range(10):
+            scene = [*things[:i], replace(thing, digit=digit), *things[i + 1 :]]
+            drawn = np.asarray(data.render(scene), float)
+            errors.append(np.square(drawn[box] - pixels[box]).sum())
+        right.append(int(np.argmin(errors)) == thing.digit)
+    return right
+
+
 @torch.no_grad()
 def autoencoder_report(vae: VQVAE, seed: int, scenes: int) -> dict[str, dict[str, float]]:
-    """PSNR, SSIM and the share of scenes still readable, after the codes and without them."""
+    """PSNR, SSIM, the share of scenes still readable and of digits still legible, after the codes
+    and without them."""
     device = next(vae.parameters()).device
-    sums = {kind: np.zeros(3) for kind in ("quantised", "continuous")}
+    rows = {kind: {name: [] for name in AUTOENCODER} for kind in ("quantised", "continuous")}
     for first in tqdm(range(0, scenes, 50), "autoencoder", unit="batch"):
         batch = range(first, min(first + 50, scenes))
         worlds = [data.random_scene(random.Random(f"evaluate scene {seed} {i}")) for i in batch]
@@ -252,17 +271,19 @@ def autoencoder_report(vae: VQVAE, seed: int, scenes: int) -> dict[str, dict[str
         latents = vae.encode(images.to(next(vae.parameters()).dtype))
         for kind, z in ("quantised", vae.lookup(vae.quantize(latents))), ("continuous", latents):
             decoded = vae.decode(z).float().clamp(-1, 1)
-            readable = [
-                reads(t, detect(data.to_image(d))) for t, d in zip(worlds, decoded, strict=True)
-            ]
-            decoded, truth = (decoded + 1) / 2, (images + 1) / 2
-            parts = psnr(decoded, truth).sum(), ssim(decoded, truth).sum(), sum(readable)
-            sums[kind] += [float(part) for part in parts]
-    names = ("psnr", "ssim", "readable")
+            rows[kind]["psnr"] += psnr((decoded + 1) / 2, (images + 1) / 2).tolist()
+            rows[kind]["ssim"] += ssim((decoded + 1) / 2, (images + 1) / 2).tolist()
+            for things, tensor in zip(worlds, decoded, strict=True):
+                picture = data.to_image(tensor)
+                rows[kind]["readable"].append(reads(things, detect(picture)))
+                rows[kind]["digits"] += legible(things, picture)
     return {
-        kind: dict(zip(names, (total / scenes).tolist(), strict=True))
-        for kind, total in sums.items()
+        kind: {name: float(np.mean(values or [math.nan])) for name, values in row.items()}
+        for kind, row in rows.items()
     }
+
+
+AUTOENCODER = ("psnr", "ssim", "readable", "digits")
 
 
 # --- The tasks -----------------------------------------------------------------------------------
@@ -453,9 +474,10 @@ def pope(verdicts: list[Verdict]) -> dict[str, dict]:
 
 def show(results: dict) -> str:
     """The results as text."""
-    lines = [f"{'autoencoder':24}{'PSNR dB':>8}{'SSIM':>8}{'readable':>10}"]
+    lines = [f"{'autoencoder':24}{'PSNR dB':>8}{'SSIM':>8}{'readable':>10}{'digits':>10}"]
     for kind, row in results["autoencoder"].items():
-        lines.append(f"  {kind:22}{row['psnr']:8.2f}{row['ssim']:8.3f}{row['readable']:10.1%}")
+        rates = f"{row['readable']:10.1%}{row['digits']:10.1%}"
+        lines.append(f"  {kind:22}{row['psnr']:8.2f}{row['ssim']:8.3f}{rates}")
     for task in TASKS:
         if task in results:
             lines += ["", f"{task:24}{'right':>8}{'total':>8}{'rate':>10}   95% interval"]
@@ -571,11 +593,13 @@ TASKS = ("text to image", "understanding", "pope", "editing", "in-context editin
 def evaluate_shapes(args: argparse.Namespace) -> dict:
     """Everything that `evaluate.py shapes` reports, as JSON has it."""
     device = pick_device(args.device)
-    results = {key: getattr(args, key) for key in ("checkpoint", "seed", "steps", "cfg_scale")}
-    sheets = {}
+    names = ("steps", "cfg_scale", "cfg_image", "batch_size")
+    options = {name: getattr(args, name) for name in names}
+    results, sheets = {"checkpoint": args.checkpoint, "seed": args.seed} | options, {}
     if any((args.prompts, args.questions, args.edits, args.in_context, args.stories)):
         pipeline = load(args.checkpoint, device)
         vae = pipeline.vae
+        results["defaults"] = {k: v for k, v in pipeline.defaults.items() if k != "words"}
     else:
         vae = VQVAE.from_pretrained(args.checkpoint, device, torch.float32)
     if vae.config.resolution != data.CANVAS:
@@ -584,8 +608,6 @@ def evaluate_shapes(args: argparse.Namespace) -> dict:
             f"has {data.CANVAS}: give a checkpoint that was trained on it"
         )
     results["autoencoder"] = autoencoder_report(vae, args.seed, SCENES)
-    names = ("steps", "cfg_scale", "cfg_image", "batch_size")
-    options = {name: getattr(args, name) for name in names}
     if args.prompts:
         sheets["text to image"] = draw(pipeline, args.seed, args.prompts, **options)
     if args.questions:  # guidance is for images: one row a question is enough

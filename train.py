@@ -407,7 +407,7 @@ def posttrain_stage(config: TrainConfig) -> Stage:
 
 
 UNCONDITIONAL = "Generate an image."
-MIXED_CODES = 4.0
+MIXED_CODES = 10.0
 GENERATION = {  # defaults of sample.py, kept in the checkpoint's config.json
     "steps": 100,
     "cfg_scale": 3.0,

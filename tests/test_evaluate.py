@@ -144,6 +144,16 @@ def test_ssim_of_equal_and_of_flat_pictures():
     assert evaluate.ssim(images, 1 - images).max() < 0
 
 
+def test_digits_are_legible_where_they_are_drawn_and_not_where_another_is():
+    rng = random.Random(0)
+    for _ in range(20):
+        things = data.random_scene(rng, digits=1.0)
+        assert all(evaluate.legible(things, data.render(things)))
+        other = [replace(t, digit=t.digit and 10 - t.digit) for t in things]
+        expected = [t.digit in (0, 5) for t in things if t.digit is not None]
+        assert evaluate.legible(things, data.render(other)) == expected
+
+
 def test_wilson_interval():
     assert evaluate.wilson(50, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
     assert evaluate.wilson(0, 10) == pytest.approx((0, 0.278), abs=1e-3)

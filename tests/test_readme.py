@@ -1,5 +1,6 @@
 """README.md: what it names exists, its commands parse, its numbers are today's."""
 
+import functools
 import importlib
 import re
 import shlex
@@ -35,16 +36,20 @@ def test_every_name_of_the_tables_exists():
             thing = getattr(thing, attribute)
 
 
+@functools.cache
+def help_of(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_of_the_commands_exists(command):
     _, script, *words = shlex.split(command)
-    command = [sys.executable, str(ROOT / script), "--help"]
-    if script in ("train.py", "evaluate.py"):
-        command.insert(2, words[0])  # the stage, the kind of evaluation
-    done = subprocess.run(command, capture_output=True, text=True)
+    stage = words[:1] if script in ("train.py", "evaluate.py") else []  # or kind of evaluation
     flags = {word for word in words if word.startswith("--")}
-    assert done.returncode == 0, done.stderr
-    assert all(re.search(rf"{flag}\b", done.stdout) for flag in flags), flags
+    said = help_of(str(ROOT / script), *stage)
+    assert all(re.search(rf"{flag}\b", said) for flag in flags), flags
 
 
 def test_linked_files_exist():
