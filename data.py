@@ -394,13 +394,15 @@ def detail(things: list[Thing]) -> Tensor:
     return torch.from_numpy(np.array(image))[None].float() / 255
 
 
-def scene_images(seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
-    """A batch of random scenes for the autoencoder, rich in digits; same seed, same batch.
+def scene_images(
+    seed: int, step: int, batch: int, digits: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """A batch of random scenes for the autoencoder; same seed, same batch.
 
     -> images (batch, 3, 64, 64) and where their details are (batch, 1, 64, 64).
     """
     rng = random.Random(f"scenes {seed} {step}")
-    scenes = [random_scene(rng, digits=0.9) for _ in range(batch)]
+    scenes = [random_scene(rng, digits=digits) for _ in range(batch)]
     images = [to_tensor(render(things), CANVAS) for things in scenes]
     return torch.stack(images), torch.stack([detail(things) for things in scenes])
 

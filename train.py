@@ -14,6 +14,7 @@ Reading order: TrainConfig and PRESETS, the stages, then train(), which runs any
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import inspect
@@ -106,12 +107,14 @@ REVIVE_EVERY, REVIVE_UNTIL, QUANTISE_FROM = 200, 0.7, 100
 COMMITMENT = 0.1
 QUANTISED_SHARE = 0.125
 DETAIL_WEIGHT = 0.5
+DIGITS = 0.9  # share of large things with a digit, for the encoder to learn them
 LATENT_NOISE = 0.2
 ISOTROPY = 0.01
 
 
-def scene_batches(config: TrainConfig) -> Callable[[int], list[tuple[Tensor, Tensor]]]:
-    return lambda step: [data.scene_images(config.seed, step, config.batch_size)]
+def scene_batches(config: TrainConfig, digits: float) -> Callable[[int], list]:
+    """step -> [(images, where their details are)]; a share of the large things carry digits."""
+    return lambda step: [data.scene_images(config.seed, step, config.batch_size, digits)]
 
 
 def reconstruction_loss(images: Tensor, target: Tensor, detail: Tensor) -> Tensor:
@@ -146,12 +149,14 @@ def anisotropy(latents: Tensor) -> Tensor:
 def vae_stage(config: TrainConfig) -> Stage:
     """VQ-VAE: reconstruction + codebook + commitment, dead codes revived.
 
-    Three quarters of every batch skip the quantiser, so that the encoder keeps what the codes
-    cannot hold: the continuous latents are what Orthus is after.
+    Most of every batch skips the quantiser, so that the encoder keeps what the codes cannot hold:
+    the continuous latents are what Orthus is after. With --init an autoencoder goes on: its latents
+    stay what they were except where there is detail, for the models that were trained on them.
     """
     torch.manual_seed(config.seed)
     if config.init:
         vae = VQVAE.from_pretrained(config.init, config.device, torch.float32)
+        before = copy.deepcopy(vae).requires_grad_(False).to(memory_format=torch.channels_last)
     else:
         vae = VQVAE(VQVAEConfig.preset(config.preset)).to(config.device)
     vae.to(memory_format=torch.channels_last)  # up to twice as fast on a CPU
@@ -180,6 +185,12 @@ def vae_stage(config: TrainConfig) -> Stage:
         share = n / len(images)
         total = share * parts["quantised"] + (1 - share) * parts["continuous"] + codebook
         total = total + COMMITMENT * commitment + ISOTROPY * parts["anisotropy"]
+        if config.init:
+            z_before = before.encode(images).float()
+            plain = 1 - F.max_pool2d(detail, vae.config.downsampling).flatten(2).transpose(1, 2)
+            moved = (z - z_before).square() * plain  # (B, L, C)
+            parts["moved"] = moved.mean() / z_before.var()
+            total = total + parts["moved"]
         return {"loss": total} | parts
 
     @torch.no_grad()
@@ -207,7 +218,7 @@ def vae_stage(config: TrainConfig) -> Stage:
         config_json = {"vae": dataclasses.asdict(vae.config)}
         checkpoint.write(config.out, config_json, vae=weights)
 
-    return Stage(vae, scene_batches(config), losses, save, revive)
+    return Stage(vae, scene_batches(config, DIGITS), losses, save, revive)
 
 
 def decoder_stage(config: TrainConfig) -> Stage:
@@ -226,7 +237,7 @@ def decoder_stage(config: TrainConfig) -> Stage:
     def save(weights):
         checkpoint.write(config.out, {"vae": dataclasses.asdict(vae.config)}, vae=weights)
 
-    return Stage(vae, scene_batches(config), losses, save)
+    return Stage(vae, scene_batches(config, 0.5), losses, save)
 
 
 # --- Stages: the transformer ---------------------------------------------------------------------
