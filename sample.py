@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import Parser
-from data import Segment, Tokenizer, collate, layout, to_image
+from data import Batch, Segment, Tokenizer, collate, layout, to_image
 from orthus import KVCache, Orthus, OrthusConfig
 from vae import VQVAE
 
@@ -187,7 +187,7 @@ def contexts(
 # --- The decode loop -----------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Decoding:
     """The state of one request in the loop."""
 
@@ -261,52 +261,35 @@ def decode(
     """
     model, config = pipeline.model, pipeline.model.config
     device, size = model.norm.weight.device, config.latents_per_image
-    steps = options.steps or pipeline.defaults["steps"]
-    sequences, decodings = [], []
-    for number, request in enumerate(requests):
-        rows, weights = zip(*contexts(request, pipeline.defaults, options), strict=True)
-        where = slice(len(sequences), len(sequences) + len(rows))
-        sequences += [layout(segments, pipeline.tokenizer, config) for segments in rows]
-        budget = room(pipeline, request, options)
-        rng = torch.Generator().manual_seed(request.seed)
-        d = Decoding(number, request, where, weights, budget, rng)
-        if begins_with_image(pipeline, request, options):
-            d.forced = config.boi_id
-        decodings.append(d)
-    resolution, hub_pixels = pipeline.vae.config.resolution, pipeline.defaults.get("hub_pixels")
-    batch = collate(sequences, config, resolution, True, bool(hub_pixels)).to(device)
-    latents = pipeline.vae.encode(batch.images).flatten(0, 1)  # (N, C) of the prompts' images
-    prompt_end = batch.tokens.shape[1]
+    decodings, prompts = begin(pipeline, requests, options)
+    latents = pipeline.vae.encode(prompts.images).flatten(0, 1)  # (N, C)
+    rows, prompt_end = prompts.tokens.shape
     length = prompt_end + max(d.budget for d in decodings)
-    cache = KVCache(config, len(sequences), length, device, model.norm.weight.dtype)
-    hidden = model(batch.tokens, latents, cache)[:, -1]  # (rows, D)
+    cache = KVCache(config, rows, length, device, model.norm.weight.dtype)
+    hidden = model(prompts.tokens, latents, cache)[:, -1]  # (rows, D)
     forbidden = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
     forbidden[config.image_code_start : config.image_code_start + config.num_codes] = True
     forbidden[[config.bos_id, config.pad_id, config.unk_id, config.eoi_id, config.image_id]] = True
 
     while active := [d for d in decodings if not d.done]:
-        tokens = torch.full((len(sequences), 1), config.pad_id, device=device)
-        drawing = [d for d in active if d.drawing]
-        draw_latents(model, hidden, drawing, steps)
-        bar.update(len(drawing))
-        for d in drawing:
-            tokens[d.rows] = config.image_id
-            d.budget -= 1
+        tokens = torch.full((rows, 1), config.pad_id, device=device)
         latents = torch.zeros(0, config.latent_channels, device=device)
-        if drawing:  # each is fed to all rows of its request
+        speaking = [d for d in active if not d.drawing]
+        if drawing := [d for d in active if d.drawing]:
+            draw_latents(model, hidden, drawing, options.steps or pipeline.defaults["steps"])
+            bar.update(len(drawing))
+            for d in drawing:
+                tokens[d.rows] = config.image_id
+            # each is fed to all rows of its request
             latents = torch.cat([d.latents[-1].expand(len(d.weights), -1) for d in drawing])
-        speaking = [d for d in active if d not in drawing]
-        choosing = [d for d in speaking if d.forced is None]
-        if choosing:
+        if choosing := [d for d in speaking if d.forced is None]:
             logits = model.lm_head(hidden[[d.rows.start for d in choosing]])  # (B, V)
             logits = logits.float().masked_fill(forbidden, float("-inf"))
+            for d, row in zip(choosing, logits, strict=True):
+                d.forced = choose(d, row, config, options)
         for d in speaking:
-            if d.forced is not None:
-                token, d.forced = d.forced, None
-            else:
-                token = choose(d, logits[choosing.index(d)], config, options)
+            token, d.forced = d.forced, None
             tokens[d.rows.start] = token
-            d.budget -= 1
             if token == config.boi_id:
                 tokens[d.rows] = token
                 cache.visible[d.rows.start + 1 : d.rows.stop, prompt_end:] = False
@@ -318,13 +301,29 @@ def decode(
                 d.done = True
             elif token != config.eoi_id:
                 d.ids.append(token)
-            if d.budget <= 0 and not d.done:
-                d.done = True
-                d.notes.append("the answer was cut: its tokens are used up; raise --max-tokens")
         for d in active:
+            d.budget -= 1
             yield from events(d, pipeline)
         if not all(d.done for d in decodings):
             hidden = model(tokens, latents, cache)[:, -1]
+
+
+def begin(
+    pipeline: Pipeline, requests: list[Request], options: Options
+) -> tuple[list[Decoding], Batch]:
+    """The state of each request before its first token, and the contexts of all, padded left."""
+    config, sequences, decodings = pipeline.model.config, [], []
+    for number, request in enumerate(requests):
+        rows, weights = zip(*contexts(request, pipeline.defaults, options), strict=True)
+        where = slice(len(sequences), len(sequences) + len(rows))
+        sequences += [layout(segments, pipeline.tokenizer, config) for segments in rows]
+        budget = room(pipeline, request, options)
+        rng = torch.Generator().manual_seed(request.seed)
+        forced = config.boi_id if begins_with_image(pipeline, request, options) else None
+        decodings.append(Decoding(number, request, where, weights, budget, rng, forced))
+    hub_pixels = bool(pipeline.defaults.get("hub_pixels"))
+    batch = collate(sequences, config, pipeline.vae.config.resolution, True, hub_pixels)
+    return decodings, batch.to(pipeline.model.norm.weight.device)
 
 
 def draw_latents(model: Orthus, hidden: Tensor, drawing: list[Decoding], steps: int) -> None:
@@ -339,7 +338,10 @@ def draw_latents(model: Orthus, hidden: Tensor, drawing: list[Decoding], steps: 
 
 
 def events(d: Decoding, pipeline: Pipeline) -> Iterator[Event]:
-    """What the last step of the loop brought for one request."""
+    """What the last step of the loop brought for one request, its budget already charged."""
+    if d.budget <= 0 and not d.done:
+        d.done = True
+        d.notes.append("the answer was cut: its tokens are used up; raise --max-tokens")
     text = pipeline.tokenizer.decode(d.ids)
     over = d.done or d.drawing
     if len(text) > len(d.said) and (over or not text.endswith("\ufffd")):  # half a character waits
