@@ -76,10 +76,10 @@ class TrainConfig:
 BATCHES = dict(batch_size=96, micro_batches=3, optimizer="muon")
 PRESETS = {
     "tiny": {
-        "vae": dict(steps=8000, batch_size=32, lr=1.5e-3),
-        "decoder": dict(steps=1000, batch_size=32, lr=5e-4),
-        "chameleon": dict(seed=1, steps=600, image_loss_weight=1.0) | BATCHES,
-        "base": dict(seed=2, steps=400, lr=2e-3, batch_size=64, optimizer="muon"),
+        "vae": dict(steps=10500, batch_size=32, lr=1.5e-3),
+        "decoder": dict(steps=800, batch_size=32, lr=5e-4),
+        "chameleon": dict(seed=1, steps=400, image_loss_weight=1.0) | BATCHES,
+        "base": dict(seed=2, steps=300, lr=2e-3, batch_size=64, optimizer="muon"),
         "posttrain": dict(seed=3, steps=8000) | BATCHES,
     },
     "7b": {  # the paper's settings

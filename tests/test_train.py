@@ -195,6 +195,25 @@ def test_dead_codes_are_revived_in_the_average_too(road, tmp_path):
     assert torch.equal(codebook[7], average["quantize.embedding.weight"][7])
 
 
+def test_an_autoencoder_that_goes_on_holds_its_latents_where_there_is_no_detail(road, tmp_path):
+    stage = train.STAGES["vae"](config("vae", tmp_path / "x", road / "decoder"))
+    ((images, detail),) = stage.batch(0)
+    moved = lambda detail: stage.losses((images, detail), torch.Generator())["moved"].item()
+    assert moved(detail) == 0 and 0 < detail.mean() < 0.1
+    with torch.no_grad():
+        stage.model.quant_conv.bias += 0.1
+    assert moved(torch.zeros_like(detail)) > moved(detail) > 0
+    assert moved(torch.ones_like(detail)) == 0
+
+
+def test_isotropic_latents_are_known_from_flat_ones():
+    white = torch.randn(64, 16, 32, generator=torch.Generator().manual_seed(0))
+    flat = white * (torch.arange(32) < 4)
+    assert train.anisotropy(white) < 0.1
+    assert train.anisotropy(5 * white + 3).item() == pytest.approx(train.anisotropy(white).item())
+    assert train.anisotropy(flat).item() == pytest.approx(7, rel=0.1)  # (4 (8 - 1)^2 + 28) / 32
+
+
 # --- Data, schedule, average ---
 
 
