@@ -345,11 +345,9 @@ def saw(seen: list[Thing]) -> str:
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:
-    """Square images -> a square with up to four of them."""
-    side = data.CANVAS
-    page = Image.new("RGB", (2 * side + 2, 2 * side + 2), "white")
-    for i, image in enumerate(images[:4]):
-        page.paste(image, (i % 2 * (side + 2), i // 2 * (side + 2)))
+    page = Image.new("RGB", ((data.CANVAS + 2) * len(images), data.CANVAS), "white")
+    for i, image in enumerate(images):
+        page.paste(image, (i * (data.CANVAS + 2), 0))
     return page
 
 
@@ -491,15 +489,17 @@ def show(results: dict) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(verdicts: list[Verdict], columns: int = 12, rows: int = 8) -> Image.Image:
+def contact_sheet(verdicts: list[Verdict], columns: int = 12, lines: int = 8) -> Image.Image:
     """The first pictures, enlarged, each with its label: green if right, red if wrong.
 
     Examples take the kinds in turn, so that a column holds one kind.
     """
-    shown = verdicts[: columns * rows]
-    scale = 192 // shown[0].image.width
+    width, height = verdicts[0].image.size
+    columns = columns * data.CANVAS // width
+    shown = verdicts[: columns * lines]
     cells = [(v.image, v.label, (20, 120, 50) if v.right else (200, 30, 30)) for v in shown]
-    return sheet([cells[i : i + columns] for i in range(0, len(cells), columns)], scale)
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    return sheet(rows, (3 * width, 3 * height))
 
 
 # --- Speed ---------------------------------------------------------------------------------------

@@ -682,8 +682,9 @@ class Writer:
                 is_text = isinstance(segment.content, str)
                 lines += [segment.content.strip() if is_text else next(names), ""]
             rows.append(captioned(request.prompt) + captioned(self.answers[i].segments))
+        size = enlarge(self.answers[told[0]].images[0], self.scale).size
         (self.output / "story.md").write_text("\n".join(lines), encoding="utf-8")
-        sheet(rows, self.scale).save(self.output / "story.png")
+        sheet(rows, size).save(self.output / "story.png")
         print(f"{self.output / 'story.md'} {self.output / 'story.png'}")
 
 
@@ -709,24 +710,23 @@ def captioned(segments: list[Segment]) -> list[Cell]:
     return cells
 
 
-def sheet(rows: list[list[Cell]], scale: int) -> Image.Image:
-    """Rows of images, each enlarged, with its text below."""
-    font, gap = ImageFont.load_default(size=12), 8
-    side = max(image.width for row in rows for image, _, _ in row) * scale
+def sheet(rows: list[list[Cell]], size: tuple[int, int]) -> Image.Image:
+    """Rows of images, each brought to one size (width, height), with its text below."""
+    font, gap, (width, height) = ImageFont.load_default(size=12), 8, size
 
     def wrap(text: str) -> str:
-        parts = [textwrap.fill(line, max(8, side // 6)) for line in text.split("\n")]
+        parts = [textwrap.fill(line, max(8, width // 6)) for line in text.split("\n")]
         return "\n".join("\n".join(parts).split("\n")[:5])
 
     below = 2 * gap + 15 * max(wrap(text).count("\n") for row in rows for _, text, _ in row)
-    size = max(map(len, rows)) * (side + gap) + gap, len(rows) * (side + below + gap) + gap
-    page = Image.new("RGB", size, "white")
+    right, down = width + gap, height + below + gap
+    page = Image.new("RGB", (max(map(len, rows)) * right + gap, len(rows) * down + gap), "white")
     pen = ImageDraw.Draw(page)
     for y, row in enumerate(rows):
         for x, (image, text, ink) in enumerate(row):
-            left, top = gap + x * (side + gap), gap + y * (side + below + gap)
-            page.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left, top))
-            pen.multiline_text((left, top + side + 2), wrap(text), ink, font, spacing=2)
+            left, top = gap + x * right, gap + y * down
+            page.paste(ImageOps.contain(image, size, Image.Resampling.BICUBIC), (left, top))
+            pen.multiline_text((left, top + height + 2), wrap(text), ink, font, spacing=2)
     return page
 
 
