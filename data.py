@@ -418,12 +418,12 @@ GENEVAL = {  # GenEval's six categories and their share of the text-to-image exa
     "binding": 0.20,
 }
 QUESTIONS = {  # kinds of question and their share; kinds that a scene has no answer for are skipped
-    "count": 0.20,
-    "colour": 0.12,
-    "exists": 0.20,
-    "relation": 0.20,
-    "digit": 0.14,
-    "describe": 0.14,
+    "count": 0.18,
+    "colour": 0.14,
+    "exists": 0.16,
+    "relation": 0.18,
+    "digit": 0.22,
+    "describe": 0.12,
 }
 EDITS = {"recolour": 0.4, "remove": 0.25, "add": 0.35}  # kinds of edit and their share
 TASKS = {  # share of the post-training examples

@@ -418,7 +418,7 @@ def posttrain_stage(config: TrainConfig) -> Stage:
 
 
 UNCONDITIONAL = "Generate an image."
-MIXED_CODES = 10.0
+MIXED_CODES = 200.0  # with 10 the transformer saw too little of a latent: colours, digits (README)
 GENERATION = {  # defaults of sample.py, kept in the checkpoint's config.json
     "steps": 100,
     "cfg_scale": 3.0,
