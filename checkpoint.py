@@ -491,7 +491,11 @@ ORTHUS_GENERATION = {  # the release's settings for sample.py
     "scale": 1,
     "interleaved": {"unconditional": "generate images", "cfg_scale": 3.0},
 }
-CHAMELEON_GENERATION = ORTHUS_GENERATION | {"cfg_scale": 1.0, "image_first": False}
+CHAMELEON_GENERATION = ORTHUS_GENERATION | {
+    "cfg_scale": 1.0,
+    "image_first": False,
+    "interleaved": {"cfg_scale": 1.0},
+}
 TEXT_BUDGET = 128
 
 

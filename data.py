@@ -32,6 +32,17 @@ from orthus import OrthusConfig
 # --- Images --------------------------------------------------------------------------------------
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """PIL image of any mode -> RGB, transparency blended on white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    if image.mode.startswith("I;16"):  # convert() would clip at 255
+        image = image.point(lambda v: v / 257).convert("L")
+    return image.convert("RGB")
+
+
 def to_tensor(image: Image.Image, size: int, hub_pixels: bool = False) -> Tensor:
     """PIL image of any size and mode -> (3, size, size) in [-1, 1].
 
@@ -39,13 +50,7 @@ def to_tensor(image: Image.Image, size: int, hub_pixels: bool = False) -> Tensor
     hub_pixels does as the Hub's processor: 0.0078 x - 1, which makes white 0.989, and the long side
     rounded down.
     """
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    if image.mode.startswith("I;16"):  # convert() would clip at 255
-        image = image.point(lambda v: v / 257).convert("L")
-    image = image.convert("RGB")
+    image = on_white(image)
     width, height = image.size
     if (width, height) != (size, size):
         whole = int if hub_pixels else round
@@ -418,17 +423,17 @@ GENEVAL = {  # GenEval's six categories and their share of the text-to-image exa
     "binding": 0.20,
 }
 QUESTIONS = {  # kinds of question and their share; kinds that a scene has no answer for are skipped
-    "count": 0.18,
+    "count": 0.15,
     "colour": 0.14,
-    "exists": 0.16,
-    "relation": 0.18,
-    "digit": 0.22,
-    "describe": 0.12,
+    "exists": 0.12,
+    "relation": 0.15,
+    "digit": 0.30,
+    "describe": 0.14,
 }
 EDITS = {"recolour": 0.4, "remove": 0.25, "add": 0.35}  # kinds of edit and their share
 TASKS = {  # share of the post-training examples
-    "text_to_image": 0.44,
-    "understanding": 0.22,
+    "text_to_image": 0.40,
+    "understanding": 0.26,
     "editing": 0.14,
     "in_context": 0.08,
     "story": 0.12,
@@ -606,10 +611,10 @@ class Edit:
             new = None if there or len(things) > 3 else drop(self.colour, self.shape, things, rng)
             return [*things, new] if new else None
         single = [t for t in things if t.shape == self.shape]
-        if len(single) != 1 or len(things) < 2 or single[0].colour == self.colour:
+        if len(single) != 1 or single[0].colour == self.colour:
             return None
         if self.kind == "remove":
-            return [t for t in things if t is not single[0]]
+            return [t for t in things if t is not single[0]] or None
         new = replace(single[0], colour=self.colour, rgb=shade(self.colour, rng))
         return [new if t is single[0] else t for t in things]
 
@@ -641,8 +646,8 @@ def editing(rng: random.Random, kind: str, allow_unseen: bool = False) -> Exampl
 def in_context(rng: random.Random, kind: str, allow_unseen: bool = False) -> Example:
     """A scene, the same after an edit, another scene; to draw: the same edit of the other one.
 
-    A thing that changed its colour is known by its shape: nothing else in the other scene has the
-    colour that it had.
+    A thing that was changed or removed is known by its shape: nothing else in the other scene has
+    the colour that it had.
     """
     while True:
         things = place([pick(rng, allow_unseen) for _ in range(rng.randint(1, 4))], rng)
@@ -652,7 +657,7 @@ def in_context(rng: random.Random, kind: str, allow_unseen: bool = False) -> Exa
             continue
         edit, after = found
         old = {t.colour for t in things if t.shape == edit.shape}
-        if kind == "recolour" and any(t.colour in old and t.shape != edit.shape for t in other):
+        if kind != "add" and any(t.colour in old and t.shape != edit.shape for t in other):
             continue
         unseen = (edit.colour, edit.shape) in UNSEEN
         segments = [Segment(render(scene)) for scene in (things, after, other)]

@@ -387,14 +387,14 @@ def edit(pipeline: Pipeline, seed: int, count: int, in_context: bool, **options)
         label = "" if in_context else given.pop()
         label += saw(seen) * (not right)
         page = side_by_side([*given, image])
-        psnr_elsewhere = kept(example, image, seen) if answer.images else 0.0
+        psnr_elsewhere = kept(example, image, seen) if answer.images else None
         verdicts.append(Verdict(example.kind, page, label, right, kept=psnr_elsewhere))
     return verdicts
 
 
 def tell(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
     """Continue held-out stories: for each frame, whether it is true of its sentence and whether
-    the actors are still the same; a frame that is missing is neither."""
+    the actors are still the same; a frame that is missing is neither, more are not looked at."""
     examples = [data.story(random.Random(f"evaluate story {seed} {i}")) for i in range(count)]
     requests = [Request(e.segments[:2], seed + i) for i, e in enumerate(examples)]
     verdicts = []
@@ -490,10 +490,7 @@ def show(results: dict) -> str:
 
 
 def contact_sheet(verdicts: list[Verdict], columns: int = 12, lines: int = 8) -> Image.Image:
-    """The first pictures, enlarged, each with its label: green if right, red if wrong.
-
-    Examples take the kinds in turn, so that a column holds one kind.
-    """
+    """The first pictures, enlarged, each with its label: green if right, red if wrong."""
     width, height = verdicts[0].image.size
     columns = columns * data.CANVAS // width
     shown = verdicts[: columns * lines]
@@ -613,7 +610,8 @@ def evaluate_shapes(args: argparse.Namespace) -> dict:
     if args.questions:  # guidance is for images: one row a question is enough
         one_row = options | dict(cfg_scale=1, cfg_image=1)
         sheets["understanding"] = ask(pipeline, args.seed, args.questions, **one_row)
-        results["pope"] = pope(sheets["understanding"])
+        if any(v.row == "exists" for v in sheets["understanding"]):
+            results["pope"] = pope(sheets["understanding"])
     if args.edits:
         sheets["editing"] = edit(pipeline, args.seed, args.edits, False, **options)
     if args.in_context:
@@ -624,11 +622,12 @@ def evaluate_shapes(args: argparse.Namespace) -> dict:
         results[task] = tally(verdicts)
         if task == "stories":  # its rows are two views of the same frames
             del results[task]["all"]
-        if verdicts[0].kept is not None:
-            results[task]["psnr elsewhere"] = float(np.mean([v.kept for v in verdicts]))
+        if measured := [v.kept for v in verdicts if v.kept is not None]:
+            results[task]["psnr elsewhere"] = float(np.mean(measured))
         if args.samples:
             name = task.replace(" ", "_") + ".png"
-            contact_sheet(verdicts).save(args.samples / name)
+            shown = verdicts[::2] if task == "stories" else verdicts  # each frame once
+            contact_sheet(shown).save(args.samples / name)
     return results
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import Parser
-from data import Batch, Segment, Tokenizer, collate, layout, to_image
+from data import Batch, Segment, Tokenizer, collate, layout, on_white, to_image
 from orthus import KVCache, Orthus, OrthusConfig
 from vae import VQVAE
 
@@ -104,6 +104,13 @@ class Options:
     min_images: int = 0  # an answer that would end with fewer is given another <boi>
     max_images: int | None = None  # no <boi> past so many
 
+    def __post_init__(self):
+        if self.max_images is not None and self.max_images < self.min_images:
+            raise ValueError(
+                f"--max-images {self.max_images} is less than --min-images {self.min_images}; "
+                "give as many or more"
+            )
+
 
 @dataclass
 class Pipeline:
@@ -152,7 +159,7 @@ def load(
 def is_interleaved(request: Request, options: Options) -> bool:
     """Whether text and images may alternate: then an answer does not begin with an image by rule,
     and the checkpoint's "interleaved" defaults hold."""
-    return bool(request.images) or max(options.min_images, options.max_images or 0) > 1
+    return bool(request.images) or options.min_images > 1
 
 
 def contexts(
@@ -387,10 +394,12 @@ def check_budget(pipeline: Pipeline, request: Request, options: Options) -> str:
     if tokens < images * size + 1:
         context = pipeline.model.config.max_position_embeddings
         prompt = len(layout(request.prompt, pipeline.tokenizer, pipeline.model.config).tokens)
+        limit = f"context {context}"
+        if prompt + tokens < context:
+            limit = f"max tokens {options.max_tokens}, raise --max-tokens"
         raise ValueError(
-            f"a prompt of {prompt} tokens leaves room for {max(0, tokens)} (max tokens "
-            f"{options.max_tokens or pipeline.defaults['max_tokens']}, context {context}), the "
-            f"answer needs {images * size + 1}; shorten the prompt or raise --max-tokens"
+            f"a prompt of {prompt} tokens leaves room for {max(0, tokens)} ({limit}), the answer "
+            f"needs {images * size + 1}; shorten the prompt or ask for fewer images"
         )
     fit = (tokens - 1) // size
     if options.max_images is not None and options.max_images > fit:
@@ -413,14 +422,21 @@ def stream(
     no room for an answer.
     """
     options = Options(**options)
-    for request in requests:
-        check_budget(pipeline, request, options)
+    for number, request in enumerate(requests):
+        try:
+            check_budget(pipeline, request, options)
+        except ValueError as error:
+            raise ValueError(f"request {number}: {error}") from None
 
     def batches() -> Iterator[Event]:
-        with tqdm(total=0, desc="latents", disable=not progress, leave=False) as bar:
+        show = dict(disable=not progress, leave=False, delay=0.01)  # not before the first latent
+        with tqdm(total=0, desc="latents", **show) as bar:
             for i in range(0, len(requests), batch_size):
-                for event in decode(pipeline, requests[i : i + batch_size], options, bar):
-                    bar.clear()  # the caller may print
+                part = requests[i : i + batch_size]
+                for event in decode(pipeline, part, options, bar):
+                    # the caller may print; the text of a single answer would be wiped out too
+                    if len(part) > 1 or event.kind == "image":
+                        bar.clear()
                     yield dataclasses.replace(event, request=i + event.request)
 
     return batches()
@@ -443,7 +459,9 @@ def open_image(path: str) -> Image.Image:
             image = ImageOps.exif_transpose(image)  # photos may be stored turned
             if image.mode in ("I", "F"):
                 raise ValueError(f"image {path} has mode {image.mode}; give 8 or 16 bits a channel")
-            return image.copy()
+            copy = image.copy()
+            copy.filename = path  # an answer must not overwrite it
+            return copy
     except FileNotFoundError:
         raise ValueError(f"image {path} does not exist") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
@@ -601,20 +619,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --prompt (with or without --image), or --requests FILE")
     if args.requests and args.num_images > 1:
         parser.error("--num-images goes with --prompt; repeat the line in the --requests file")
-    if args.max_images is not None and args.max_images < args.min_images:
-        parser.error(f"--max-images {args.max_images} is less than --min-images {args.min_images}")
     return args
 
 
 class Writer:
     """Puts answers on the screen and on disk, in the order of the requests.
 
-    The first answer that is not complete is shown as it grows and its images are written at once;
-    of those after it, what is finished waits for its turn: images are numbered in prompt order.
+    Images of the first answer that is not complete are written at once; of those after it, what is
+    finished waits for its turn: images are numbered in prompt order, past those of the prompts. A
+    `live` answer is shown as it grows, others when they are complete (the progress bar would write
+    over half a line).
     """
 
-    def __init__(self, requests: list[tuple[str, Request]], output: Path, scale: int, results):
+    def __init__(
+        self, requests: list[tuple[str, Request]], output: Path, scale: int, live: bool, results
+    ):
         self.requests, self.output, self.scale, self.results = requests, output, scale, results
+        self.live, self.line, self.notes = live, "", []
+        given = [s.content for _, request in requests for s in request.images]
+        self.inputs = {Path(image.filename).resolve() for image in given}
         self.answers = [Answer() for _ in requests]
         self.names: list[list[str]] = [[] for _ in requests]  # of the images written
         self.turn = 0  # the request whose answer is being written
@@ -624,16 +647,17 @@ class Writer:
     def take(self, event: Event) -> None:
         self.waiting[event.request].append(event)
         while self.turn < len(self.requests) and self.waiting[self.turn]:
-            self.write(self.waiting[self.turn].pop(0))
+            waiting = self.waiting[self.turn]
+            self.write(waiting[0])
+            waiting.pop(0)  # only now: Ctrl-C may come in between
 
     def write(self, event: Event) -> None:
         number = event.request
         answer, names = self.answers[number], self.names[number]
+        if event.kind == "image":
+            names.append(self.save(event.content))
         answer.add(event)
         if event.kind == "image":
-            names.append(str(self.output / f"{self.count:04d}.png"))
-            self.count += 1
-            enlarge(event.content, self.scale).save(names[-1])
             self.say(names[-1])
         elif event.kind == "text":
             after_image = answer.images and answer.segments[-1].content == event.content
@@ -641,19 +665,34 @@ class Writer:
         elif event.kind == "drawing" and answer.segments:
             self.say("\n")
         elif event.kind == "note":
-            print(f"note: request {number}: {event.content}", file=sys.stderr)
+            self.notes.append(f"note: request {number}: {event.content}")
         elif event.kind == "end":
             self.end(number)
 
+    def save(self, image: Image.Image) -> str:
+        """Write an image under the next free number; a file is whole or not there."""
+        while (path := self.output / f"{self.count:04d}.png").resolve() in self.inputs:
+            self.count += 1
+        enlarge(image, self.scale).save(path.with_suffix(".part"), "PNG")
+        path.with_suffix(".part").replace(path)
+        self.count += 1
+        return str(path)
+
     def say(self, text: str) -> None:
-        if not self.results:
-            print(text, end="", flush=True)
+        self.line += text
+        if not self.results and (self.live or text.endswith("\n")):
+            print(self.line, end="", flush=True)
+            self.line = ""
+        if text.endswith("\n"):
+            for note in self.notes:
+                print(note, file=sys.stderr)
+            self.notes = []
 
     def end(self, number: int) -> None:
         text, request = self.requests[number]
         answer, names = self.answers[number], self.names[number]
         self.say(f" (seed {request.seed})\n")
-        if self.results:
+        if self.results and answer.complete:
             line = {"prompt": text, "text": answer.text, "images": names, "seed": request.seed}
             self.results.write(json.dumps(line, ensure_ascii=False) + "\n")
             self.results.flush()
@@ -677,7 +716,8 @@ class Writer:
             text, request = self.requests[i]
             names = (f"![]({Path(name).name})" for name in self.names[i])
             in_front = [] if "<image>" in text else ["<image>"] * len(request.images)
-            lines += ["> " + " ".join([*in_front, text]), ""]
+            said = " ".join([*in_front, *text.split()])
+            lines += ["> " + said.replace("<image>", "`<image>`"), ""]
             for segment in self.answers[i].segments:
                 is_text = isinstance(segment.content, str)
                 lines += [segment.content.strip() if is_text else next(names), ""]
@@ -725,7 +765,8 @@ def sheet(rows: list[list[Cell]], size: tuple[int, int]) -> Image.Image:
     for y, row in enumerate(rows):
         for x, (image, text, ink) in enumerate(row):
             left, top = gap + x * right, gap + y * down
-            page.paste(ImageOps.contain(image, size, Image.Resampling.BICUBIC), (left, top))
+            fitted = ImageOps.contain(on_white(image), size, Image.Resampling.BICUBIC)
+            page.paste(fitted, (left, top))
             pen.multiline_text((left, top + height + 2), wrap(text), ink, font, spacing=2)
     return page
 
@@ -740,11 +781,9 @@ def run(args: argparse.Namespace) -> None:
     if args.requests:
         requests = read_requests(args.requests, args.seed)
     else:
-        requests = [
-            (text, Request(read_prompt(text, args.image), args.seed + i))
-            for text in args.prompt or [""]
-            for i in range(args.num_images)
-        ]
+        prompts = [(text, read_prompt(text, args.image)) for text in args.prompt or [""]]
+        seeds = range(args.seed, args.seed + args.num_images)
+        requests = [(text, Request(prompt, seed)) for text, prompt in prompts for seed in seeds]
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pipeline = load(args.checkpoint, device, dtype, args.vae)
     if args.hub_pixels:
@@ -752,6 +791,7 @@ def run(args: argparse.Namespace) -> None:
     warn_unknown_words([text for text, _ in requests], pipeline.defaults.get("words", []))
     names = [f.name for f in dataclasses.fields(Options)]
     options = {name: getattr(args, name) for name in names}
+    live = len(requests) == 1 or args.save_every_image or args.batch_size == 1
     batch_size = 1 if args.save_every_image else args.batch_size
     happening = stream(pipeline, [request for _, request in requests], batch_size, **options)
     least = min(requests, key=lambda r: room(pipeline, r[1], Options(**options)))[1]
@@ -762,7 +802,7 @@ def run(args: argparse.Namespace) -> None:
         results = None
         if args.requests:
             results = files.enter_context(open(output / "results.jsonl", "w", encoding="utf-8"))
-        writer = Writer(requests, output, scale, results)
+        writer = Writer(requests, output, scale, live, results)
         try:
             for event in happening:
                 writer.take(event)
@@ -781,7 +821,7 @@ def main() -> None:
     try:
         run(args)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was finished is in {args.output}", file=sys.stderr)
+        print(f"interrupted; what was finished is in {args.output}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         tqdm.write(f"sample.py: error: {error}", file=sys.stderr)

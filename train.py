@@ -62,7 +62,7 @@ class TrainConfig:
     micro_batches: int = 1  # parts of a batch, by length: less memory, less padding
     image_loss_weight: float = 10.0  # lambda
     guidance_dropout: float = 0.1  # share of prompts for images that lose their text, or all
-    without: str = ""  # tasks to leave out, by comma: text_to_image, understanding, editing, ..
+    without: str = ""  # tasks that chameleon and posttrain leave out, by comma: story,in_context
     ema: float = 0.999  # decay of the weight average; 0 keeps the last weights
     device: str = "cpu"  # cpu or cuda
     dtype: str = "bfloat16"  # of the matrix products (autocast)
@@ -319,7 +319,7 @@ def orthus_stage(config: TrainConfig, model: Orthus, tasks: dict[str, float]) ->
         if model.config.vision_embedding == "softmax":  # how many codes a latent mixes (eq. 4)
             with torch.no_grad():
                 mixed = model.vision_embedding.effective_codes(latents[:256]).median()
-            parts["codes_mixed"] = mixed * micro.image_share
+            parts["codes_mixed"] = mixed / config.micro_batches
         return parts
 
     def save(weights):
@@ -421,9 +421,10 @@ UNCONDITIONAL = "Generate an image."
 MIXED_CODES = 200.0  # with 10 the transformer saw too little of a latent: colours, digits (README)
 GENERATION = {  # defaults of sample.py, kept in the checkpoint's config.json
     "steps": 100,
-    "cfg_scale": 3.0,
+    "cfg_scale": 2.0,
     "unconditional": UNCONDITIONAL,
     "image_first": True,  # an answer begins with an image where the prompt holds none
+    "interleaved": {"cfg_scale": 2.0, "cfg_image": 2.0},  # where it holds one
     "max_tokens": 128,
     "scale": 4,
 }
@@ -621,11 +622,16 @@ def train_all(config: dict) -> None:
         if not resume or read_state(run)["step"] < stage.steps:
             train(name, stage)
         init = str(run)
-    _, model = checkpoint.read_model(init)
-    _, vae = checkpoint.read_vae(init)
+    publish(init, out)
+
+
+def publish(run: str | Path, out: str | Path) -> None:
+    """Write a run's averaged weights as a checkpoint in bf16, half the size."""
+    _, model = checkpoint.read_model(run)
+    _, vae = checkpoint.read_vae(run)
     model, vae = ({k: t.to(torch.bfloat16) for k, t in part.items()} for part in (model, vae))
-    tokenizer = checkpoint.find_tokenizer(init)
-    checkpoint.write(out, checkpoint.read_config(init), model, vae, tokenizer)
+    config, tokenizer = checkpoint.read_config(run), checkpoint.find_tokenizer(run)
+    checkpoint.write(out, config, model, vae, tokenizer)
     print(f"{out} is complete: python sample.py --checkpoint {out} --prompt ...")
 
 
@@ -664,6 +670,8 @@ def make_config(name: str, given: dict) -> TrainConfig:
                 f"{given['out']} is a run of stage {state['stage']}, not {name}; give another --out"
             )
     config = TrainConfig(**(before | given))
+    if config.resume and config.optimizer != before["optimizer"]:
+        raise ValueError(f"the run has optimizer {before['optimizer']}; leave out --optimizer")
     for field in ("steps", "batch_size", "micro_batches", "lr", "log_every", "save_every"):
         if getattr(config, field) <= 0:
             raise ValueError(f"--{field.replace('_', '-')} is {getattr(config, field)}; want > 0")
@@ -675,7 +683,7 @@ def make_config(name: str, given: dict) -> TrainConfig:
     if config.workers < 0 or config.threads < 0 or not 0 <= config.seed < 2**31:
         raise ValueError("want --workers and --threads of 0 or more, --seed from 0 to 2147483647")
     if name == "vae" and config.batch_size < 2:
-        raise ValueError("stage vae quantises half of a batch; want --batch-size of 2 or more")
+        raise ValueError("stage vae quantises a part of a batch; want --batch-size of 2 or more")
     choose_tasks(config)
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer is {config.optimizer!r}; want adamw or muon")

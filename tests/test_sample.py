@@ -403,7 +403,7 @@ def test_a_story_is_written_with_its_pictures(run, directory, tmp_path, monkeypa
     assert code == 0 and "images x 18 + text fits" in said
     assert {p.name for p in out.iterdir()} == {"0000.png", "0001.png", "story.md", "story.png"}
     story = (out / "story.md").read_text()
-    assert story.startswith("> <image> Continue this story.")
+    assert story.startswith("> `<image>` Continue this story.")
     assert story.index("(0000.png)") < story.index("(0001.png)")
     assert Image.open(out / "story.png").width > 3 * 64  # the prompt's image and both of the answer
 
@@ -427,13 +427,36 @@ def test_ctrl_c_keeps_what_is_finished(run, directory, tmp_path, monkeypatch, pr
     assert {p.name for p in tmp_path.iterdir()} == {"0000.png", "story.md", "story.png"}
 
 
+def test_an_answer_does_not_overwrite_its_own_picture(run, directory, tmp_path):
+    picture(3).save(tmp_path / "0000.png")
+    before = (tmp_path / "0000.png").read_bytes()
+    run("--checkpoint", directory, "--image", tmp_path / "0000.png", "--prompt", "a star",
+        "--min-images", 1, "--max-images", 1, "--output", tmp_path)
+    assert (tmp_path / "0000.png").read_bytes() == before and (tmp_path / "0001.png").is_file()
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_text_is_whole_on_a_terminal(run, directory, tmp_path, monkeypatch, images):
+    """What the progress bar writes to the same terminal never wipes a line of the answer."""
+    script = iter([60, 61] + [CONFIG.boi_id, 62] * images + [CONFIG.sep_id])
+    monkeypatch.setattr(sample, "pick_token", lambda *a: next(script))
+    monkeypatch.setattr(sys, "stderr", sys.stdout)  # one terminal for both
+    picture(3).save(tmp_path / "in.png")
+    _, said, _ = run("--checkpoint", directory, "--image", tmp_path / "in.png", "--prompt",
+                     "What colour is the star?", "--output", tmp_path)
+    lines = [line.rstrip("\r").split("\r")[-1] for line in said.split("\n")]
+    tokenizer = data.Tokenizer.from_pretrained(directory)
+    words = tokenizer.decode([60, 61])
+    assert any(line.startswith(words) for line in lines), said
+
+
 def test_images_of_a_batch_are_numbered_in_prompt_order(run, directory, tmp_path):
     """The second answer is finished first: it waits for its turn."""
     lines = [{"prompt": "a star", "seed": 1}, {"prompt": "a circle", "seed": 2}]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
     requests = [(line["prompt"], Request([Segment(line["prompt"])], 0)) for line in lines]
     results = open(tmp_path / "results.jsonl", "w")
-    writer = sample.Writer(requests, tmp_path, 1, results)
+    writer = sample.Writer(requests, tmp_path, 1, False, results)
     for number, colour in ((1, "blue"), (0, "red")):
         writer.take(sample.Event(number, "image", Image.new("RGB", (8, 8), colour)))
         writer.take(sample.Event(number, "end"))
