@@ -1014,3 +1014,24 @@ def test_an_unknown_field_in_the_config_raises_with_its_name(saved):
 def test_a_value_that_the_config_refuses_raises(saved):
     edit_config(saved, lambda c: c["model"].update(tau=0.0))
     assert "tau" in complaint(lambda: Orthus.from_pretrained(saved))
+
+
+@torch.no_grad()
+def test_text_hidden_in_the_cache_equals_text_that_was_never_there(model):
+    """A row whose text is hidden goes on as one that never had it; its neighbour sees its own."""
+    prompt, text = torch.tensor([[0, 50, 51, SEP]] * 2), torch.tensor([[52, 53, 54]] * 2)
+    image, none = torch.tensor([[BOI, IMAGE, IMAGE]] * 2), torch.zeros(0, 8)
+    latents = randn(2, 8).repeat(2, 1)
+
+    def go_on(hide: bool, text_too: bool) -> Tensor:
+        cache = KVCache(model.config, 2, 12)
+        model(prompt, none, cache)
+        if text_too:
+            model(text, none, cache)
+            cache.visible[0, 4:7] &= not hide
+        return model(image, latents, cache)
+
+    never, hidden, seen = go_on(False, False), go_on(True, True), go_on(False, True)
+    close(hidden[0], never[0], atol=1e-5)
+    close(hidden[1], seen[1], atol=1e-5)
+    assert (hidden[0] - seen[0]).abs().max() > 1e-2
