@@ -69,6 +69,7 @@ def pipeline(directory):
 
 
 OPTIONS = sample.Options(cfg_image=1.5)
+FEW = 6  # grey levels: fp32 sums in another order, through a random model that amplifies them
 
 
 def texts(*prompts: str, seed: int = 0) -> list[Request]:
@@ -94,7 +95,7 @@ def test_a_prompt_without_image_is_answered_with_one(pipeline):
 def test_same_seed_same_picture_and_other_seed_another(pipeline):
     run = lambda seed: generate(pipeline, texts("a star", seed=seed), progress=False)[0].images[0]
     assert grey_levels(run(1), run(1)) == 0
-    assert grey_levels(run(1), run(2)) > 10
+    assert grey_levels(run(1), run(2)) > 5 * FEW
 
 
 def test_same_seed_same_picture_alone_and_in_a_batch(pipeline):
@@ -107,7 +108,7 @@ def test_same_seed_same_picture_alone_and_in_a_batch(pipeline):
     assert len({len(sample.contexts(r, DEFAULTS, OPTIONS)) for r in requests}) == 2
     for a, b in zip(together, apart, strict=True):
         assert a.text == b.text and len(a.images) == len(b.images) > 0
-        assert all(grey_levels(x, y) <= 2 for x, y in zip(a.images, b.images, strict=True))
+        assert all(grey_levels(x, y) <= FEW for x, y in zip(a.images, b.images, strict=True))
 
 
 def test_batch_size_changes_nothing(pipeline):
@@ -115,7 +116,7 @@ def test_batch_size_changes_nothing(pipeline):
     one = generate(pipeline, requests, batch_size=1, progress=False)
     two = generate(pipeline, requests, batch_size=2, progress=False)
     for a, b in zip(one, two, strict=True):
-        assert grey_levels(a.images[0], b.images[0]) <= 2
+        assert grey_levels(a.images[0], b.images[0]) <= FEW
 
 
 def test_guidance_scale_one_is_no_guidance_and_the_unconditional_row_matters(pipeline, monkeypatch):
