@@ -399,9 +399,7 @@ def detail(things: list[Thing]) -> Tensor:
     return torch.from_numpy(np.array(image))[None].float() / 255
 
 
-def scene_images(
-    seed: int, step: int, batch: int, digits: float = 0.5
-) -> tuple[Tensor, Tensor]:
+def scene_images(seed: int, step: int, batch: int, digits: float = 0.5) -> tuple[Tensor, Tensor]:
     """A batch of random scenes for the autoencoder; same seed, same batch.
 
     -> images (batch, 3, 64, 64) and where their details are (batch, 1, 64, 64).
@@ -518,7 +516,7 @@ def ask_exists(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
             colour, shape = rng.choice(list(COLOURS)), rng.choice(sorted(present))[1]
         else:
             colour, shape = rng.choice(sorted(present))[0], rng.choice(SHAPES)
-        if (colour, shape) in UNSEEN:
+        if (colour, shape) in UNSEEN:  # not even named in training: draw again
             colour, shape = rng.choice(sorted(present))
     return f"Is there {with_article(f'{colour} {shape}')}?", "no"
 

@@ -654,19 +654,18 @@ class Writer:
     def write(self, event: Event) -> None:
         number = event.request
         answer, names = self.answers[number], self.names[number]
+        after_image = bool(answer.images) and answer.segments[-1].content is answer.images[-1]
         if event.kind == "image":
             names.append(self.save(event.content))
-        answer.add(event)
-        if event.kind == "image":
             self.say(names[-1])
         elif event.kind == "text":
-            after_image = answer.images and answer.segments[-1].content == event.content
-            self.say(" " * bool(after_image) + event.content)
+            self.say(" " * after_image + event.content)
         elif event.kind == "drawing" and answer.segments:
             self.say("\n")
         elif event.kind == "note":
             self.notes.append(f"note: request {number}: {event.content}")
-        elif event.kind == "end":
+        answer.add(event)
+        if event.kind == "end":
             self.end(number)
 
     def save(self, image: Image.Image) -> str:

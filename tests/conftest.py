@@ -54,6 +54,22 @@ def read_fixture(name: str) -> tuple[dict[str, Tensor], dict]:
         )
 
 
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Run a file's main() with arguments -> (exit code, stdout, stderr)."""
+
+    def run(module, *args):
+        monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, args)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
 def complaint(action) -> str:
     """The one-line message of the ValueError that action() must raise."""
     with pytest.raises(ValueError) as error:

@@ -6,6 +6,7 @@ transformers, Meta's layout against a conversion of our own, the tokenizer, and 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -523,19 +524,8 @@ def test_a_bf16_checkpoint_stays_bf16(tmp_path, chameleon):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """python checkpoint.py with arguments -> (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["checkpoint.py", *map(str, args)])
-        code = 0
-        try:
-            checkpoint.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+def run(run_main):
+    return functools.partial(run_main, checkpoint)
 
 
 def test_large_checkpoints_are_sharded_as_on_the_hub(chameleon, tmp_path, monkeypatch):

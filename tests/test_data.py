@@ -292,6 +292,27 @@ def test_in_context_pairs_show_the_same_edit():
             assert np.array_equal(segment.content, expected)
 
 
+@pytest.mark.parametrize("kind", ["recolour", "remove"])
+def test_an_example_pair_never_fits_two_edits(kind):
+    """What the edited thing's old colour is, no thing of another shape has in the other scene."""
+    rng = random.Random(3)
+    for _ in range(60):
+        example = data.in_context(rng, kind)
+        (target,) = [t for t in example.before if t not in example.things]
+        first, second = (np.asarray(s.content, int) for s in example.segments[:2])
+        changed = first[np.abs(first - second).sum(-1) > 30]  # (pixels, 3) of the edited thing
+        colour = np.median(changed, axis=0)
+        nearest = min(data.COLOURS, key=lambda c: np.abs(colour - data.COLOURS[c]).sum())
+        assert not any(t.colour == nearest and t.shape != target.shape for t in example.before)
+
+
+def test_a_lone_thing_can_be_recoloured_and_not_removed():
+    alone = [data.Thing("circle", "red", 20.0, 20.0)]
+    (after,) = data.Edit("recolour", "circle", "blue").apply(alone, random.Random(0))
+    assert after.colour == "blue"
+    assert data.Edit("remove", "circle").apply(alone, random.Random(0)) is None
+
+
 def test_stories_move_one_actor_a_stride_as_they_say():
     rng = random.Random(2)
     for _ in range(50):

@@ -1,6 +1,7 @@
 """sample.py: the decode loop on a small random model, and the command line."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -287,6 +288,12 @@ def test_contexts_of_an_edit_are_the_whole_prompt_its_images_and_nothing(pipelin
     assert rows([text], cfg_scale=4.0) == [([text], 4.0), (empty, -3)]
 
 
+def test_chameleon_is_not_guided_by_default(pipeline):
+    for prompt in ([Segment("a star")], [Segment(picture(1)), Segment("Make the star blue.")]):
+        defaults = checkpoint.CHAMELEON_GENERATION
+        assert len(sample.contexts(Request(prompt), defaults, sample.Options())) == 1
+
+
 def test_three_way_guidance_reduces_to_two_way_and_to_none(pipeline, monkeypatch):
     """A context with a weight of zero changes nothing against one that is left out."""
     always(CONFIG.boi_id, monkeypatch)
@@ -363,19 +370,8 @@ def test_images_stand_in_front_or_where_the_prompt_says(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run sample.py with arguments -> (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
-        code = 0
-        try:
-            sample.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+def run(run_main):
+    return functools.partial(run_main, sample)
 
 
 def test_command_line_writes_pictures_in_prompt_order(run, directory, tmp_path):
