@@ -313,6 +313,22 @@ def test_a_lone_thing_can_be_recoloured_and_not_removed():
     assert data.Edit("remove", "circle").apply(alone, random.Random(0)) is None
 
 
+def test_a_move_goes_where_its_sentence_says():
+    rng = random.Random(4)
+    steps = {"left": (-12, 0), "right": (12, 0), "up": (0, -12), "down": (0, 12)}  # y points down
+    ways = set()
+    for _ in range(50):
+        scene = place([("red", "circle"), ("blue", "star")], rng)
+        for sentence, after in data.story_moves(scene):
+            ((old, new),) = [(a, b) for a, b in zip(scene, after, strict=True) if a != b]
+            _, colour, shape, _, way = sentence.rstrip(".").split()
+            assert (old.colour, old.shape) == (colour, shape)
+            assert (new.x - old.x, new.y - old.y) == pytest.approx(steps[way])
+            assert new.reach <= min(new.x, new.y) and max(new.x, new.y) <= 64 - new.reach
+            ways.add(way)
+    assert ways == set(steps)
+
+
 def test_stories_move_one_actor_a_stride_as_they_say():
     rng = random.Random(2)
     for _ in range(50):

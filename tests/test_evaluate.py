@@ -252,6 +252,14 @@ def test_a_perfect_narrator_gets_every_frame_right(monkeypatch):
     table = evaluate.tally(evaluate.tell(None, 7, 20))
     assert table["frame is as its sentence"]["rate"] < 0.3
     assert table["actors stay the same"]["rate"] == 1
+    turned = {"left": "right", "right": "left", "up": "down", "down": "up"}
+    for i, example in enumerate(examples):  # the right actor, the wrong way
+        told = [s for s in example.segments if s.output]
+        for j in (0, 2, 4):
+            *words, way = told[j].content.rstrip(".").split()
+            told[j] = Segment(" ".join([*words, turned[way]]) + ".", True)
+        TRUTH[7 + i] = told
+    assert not any(v.right for v in evaluate.tell(None, 7, 20) if v.row.startswith("frame"))
     monkeypatch.setattr(evaluate, "generate", lambda p, rs, **o: [Answer() for _ in rs])
     table = evaluate.tally(evaluate.tell(None, 7, 4))
     assert all((row["right"], row["total"]) == (0, 12) for row in list(table.values())[:2])
