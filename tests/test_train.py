@@ -206,6 +206,21 @@ def test_an_autoencoder_that_goes_on_holds_its_latents_where_there_is_no_detail(
     assert moved(torch.ones_like(detail)) == 0
 
 
+def test_the_autoencoders_loss_is_the_sum_of_its_parts(road, tmp_path):
+    stage = train.STAGES["vae"](config("vae", tmp_path / "x"))
+    generator = torch.Generator().manual_seed(train.QUANTISE_FROM)  # train() seeds by the step
+    parts = {k: v.item() for k, v in stage.losses(stage.batch(0)[0], generator).items()}
+    share = 1 / 6  # of six images, the first is quantised
+    wanted = share * parts["quantised"] + (1 - share) * parts["continuous"]
+    wanted += (1 + train.COMMITMENT) * parts["commitment"] + train.ISOTROPY * parts["anisotropy"]
+    assert parts["loss"] == pytest.approx(wanted, rel=1e-4)
+    error, detail = torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 4, 4)
+    error[..., 0, 0] = detail[..., 0, 0] = 1
+    plain = train.reconstruction_loss(error, 0 * error, 0 * detail).item()
+    weighted = train.reconstruction_loss(error, 0 * error, detail).item()
+    assert weighted == pytest.approx(plain + train.DETAIL_WEIGHT)
+
+
 def test_isotropic_latents_are_known_from_flat_ones():
     white = torch.randn(64, 16, 32, generator=torch.Generator().manual_seed(0))
     flat = white * (torch.arange(32) < 4)
