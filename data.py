@@ -414,27 +414,29 @@ def scene_images(seed: int, step: int, batch: int, digits: float = 0.5) -> tuple
 
 GENEVAL = {  # GenEval's six categories and their share of the text-to-image examples
     "one object": 0.10,
-    "two objects": 0.18,
-    "counting": 0.20,
-    "colours": 0.10,
-    "position": 0.22,
-    "binding": 0.20,
+    "two objects": 0.25,
+    "counting": 0.17,
+    "colours": 0.08,
+    "position": 0.16,
+    "binding": 0.24,
 }
-QUESTIONS = {  # kinds of question and their share; kinds that a scene has no answer for are skipped
-    "count": 0.15,
-    "colour": 0.14,
-    "exists": 0.12,
-    "relation": 0.15,
-    "digit": 0.30,
-    "describe": 0.14,
+QUESTIONS = {  # kinds of question and their share; a scene without answer is asked something else
+    "count": 0.12,
+    "colour": 0.09,
+    "exists": 0.09,
+    "relation": 0.11,
+    "digit": 0.50,
+    "describe": 0.09,
 }
-EDITS = {"recolour": 0.4, "remove": 0.25, "add": 0.35}  # kinds of edit and their share
+TRAINING_DIGITS = 0.9  # share of large things with a digit where reading it is to be learned
+EDITS = {"recolour": 0.35, "remove": 0.35, "add": 0.3}  # kinds of edit and their share
 TASKS = {  # share of the post-training examples
-    "text_to_image": 0.40,
-    "understanding": 0.26,
-    "editing": 0.14,
-    "in_context": 0.08,
-    "story": 0.12,
+    "text_to_image": 0.30,
+    "understanding": 0.30,
+    "editing": 0.13,
+    "difference": 0.04,
+    "in_context": 0.17,
+    "story": 0.06,
 }
 
 
@@ -560,22 +562,27 @@ ASK = {
 
 
 def understanding(
-    rng: random.Random, kind: str | None = None, turns: int = 1, allow_unseen: bool = False
+    rng: random.Random,
+    kind: str | None = None,
+    turns: int = 1,
+    allow_unseen: bool = False,
+    digits: float = 0.5,
 ) -> Example:
-    """A scene and questions about it, the first of a given kind, in as many turns."""
+    """A scene and questions about it, the first of a given kind, in as many turns; a share of the
+    large things with digits."""
     while True:
         shapes = rng.sample(SHAPES, rng.choice((1, 2, 2, 3, 4)))  # few shapes: counts above one
         wanted = [
             pick(rng, allow_unseen, shapes=shapes) for _ in range(rng.choice((1, 2, 2, 3, 3, 4)))
         ]
-        things = write_digits(place(wanted, rng), rng)
+        things = write_digits(place(wanted, rng), rng, digits)
         asked: list[tuple[str, str]] = []
         while len(asked) < turns:
             first = kind if kind and not asked else choose(rng, QUESTIONS)
             pair = ASK[first](rng, things)
             if pair is None and kind and not asked:
                 break  # this scene has no answer for the wanted kind: draw another
-            if pair is not None:
+            if pair is not None and pair not in asked:  # again, it could be copied
                 asked.append(pair)
                 kind = kind or first
         else:
@@ -639,6 +646,15 @@ def editing(rng: random.Random, kind: str, allow_unseen: bool = False) -> Exampl
             segments = [Segment(render(things)), Segment(edit.instruction)]
             segments.append(Segment(render(after), output=True))
             return Example("editing", kind, segments, after, unseen, things)
+
+
+def difference(rng: random.Random, kind: str, allow_unseen: bool = False) -> Example:
+    """An edit told backwards: the scene before and after it, and what was done."""
+    edit = editing(rng, kind, allow_unseen)
+    before, instruction, after = edit.segments
+    segments = [before, replace(after, output=False), Segment("What changed?")]
+    segments.append(replace(instruction, output=True))
+    return replace(edit, task="difference", segments=segments)
 
 
 def in_context(rng: random.Random, kind: str, allow_unseen: bool = False) -> Example:
@@ -712,9 +728,12 @@ class Shapes:
         if task == "text_to_image":
             return text_to_image(rng, choose(rng, GENEVAL), self.allow_unseen)
         if task == "understanding":
-            return understanding(rng, turns=rng.randint(1, 4), allow_unseen=self.allow_unseen)
+            kind, turns = choose(rng, QUESTIONS), rng.randint(1, 4)
+            return understanding(rng, kind, turns, self.allow_unseen, TRAINING_DIGITS)
         if task == "editing":
             return editing(rng, choose(rng, EDITS), self.allow_unseen)
+        if task == "difference":
+            return difference(rng, choose(rng, EDITS), self.allow_unseen)
         if task == "in_context":
             return in_context(rng, choose(rng, EDITS), self.allow_unseen)
         return story(rng, self.allow_unseen)

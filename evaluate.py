@@ -1,8 +1,9 @@
 """Evaluation: how good a model of the Shapes world is.
 
     python evaluate.py shapes       every task on held-out examples: text-to-image by GenEval's six
-                                    categories, understanding by kind of question, editing,
-                                    in-context editing, stories, and the autoencoder that bounds all
+                                    categories, understanding by kind of question, differences,
+                                    editing, in-context editing, stories, and the autoencoder that
+                                    bounds all
     python evaluate.py speed        every fast path beside its slow reference, as ratios
 
 Pictures are judged as GenEval does it: a detector reads the picture, and what it found is compared
@@ -345,26 +346,41 @@ def saw(seen: list[Thing]) -> str:
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:
-    page = Image.new("RGB", ((data.CANVAS + 2) * len(images), data.CANVAS), "white")
+    page = Image.new("RGB", ((data.CANVAS + 2) * len(images) - 2, data.CANVAS), "white")
     for i, image in enumerate(images):
         page.paste(image, (i * (data.CANVAS + 2), 0))
     return page
 
 
 def ask(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
-    """Ask questions about held-out scenes; an answer is right if it is the expected one exactly."""
+    """Ask questions about held-out scenes, their kinds in turn."""
     examples = []
     for i in range(count):
         kind = list(data.QUESTIONS)[i % len(data.QUESTIONS)]
         rng = random.Random(f"evaluate question {seed} {i}")
         examples.append(data.understanding(rng, kind=kind))
-    requests = [Request(e.segments[:2], seed + i) for i, e in enumerate(examples)]
+    return answer_exactly(pipeline, examples, seed, **options)
+
+
+def compare(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
+    """Ask what changed between two held-out scenes, the kinds of edit in turn."""
+    examples = []
+    for i in range(count):
+        kind = list(data.EDITS)[i % len(data.EDITS)]
+        examples.append(data.difference(random.Random(f"evaluate difference {seed} {i}"), kind))
+    return answer_exactly(pipeline, examples, seed, **options)
+
+
+def answer_exactly(pipeline: Pipeline, examples: list[Example], seed: int, **options):
+    """Verdicts on answers in words: right if they are the expected ones to the letter."""
+    requests = [Request(e.segments[:-1], seed + i) for i, e in enumerate(examples)]
     verdicts = []
     answers = generate(pipeline, requests, **options)
     for example, answer in zip(examples, answers, strict=True):
-        image, question, expected = (s.content for s in example.segments)
+        *images, question, expected = (s.content for s in example.segments)
         said = answer.text.strip()
         label = f"{question}\n" + (said if said == expected else f"not {expected}, but {said}")
+        image = side_by_side(images)
         verdicts.append(Verdict(example.kind, image, label, said == expected, said, expected))
     return verdicts
 
@@ -584,7 +600,15 @@ def speed(args: argparse.Namespace) -> None:
 # --- Command line --------------------------------------------------------------------------------
 
 SCENES = 500  # held-out scenes for the autoencoder
-TASKS = ("text to image", "understanding", "pope", "editing", "in-context editing", "stories")
+TASKS = (
+    "text to image",
+    "understanding",
+    "pope",
+    "differences",
+    "editing",
+    "in-context editing",
+    "stories",
+)
 
 
 def evaluate_shapes(args: argparse.Namespace) -> dict:
@@ -612,6 +636,8 @@ def evaluate_shapes(args: argparse.Namespace) -> dict:
         sheets["understanding"] = ask(pipeline, args.seed, args.questions, **one_row)
         if any(v.row == "exists" for v in sheets["understanding"]):
             results["pope"] = pope(sheets["understanding"])
+        pairs = math.ceil(0.3 * args.questions)
+        sheets["differences"] = compare(pipeline, args.seed, pairs, **one_row)
     if args.edits:
         sheets["editing"] = edit(pipeline, args.seed, args.edits, False, **options)
     if args.in_context:
@@ -649,7 +675,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompts", type=count, default=500, metavar="N",
         help="captions to draw, the six kinds in turn; 0 leaves drawing out (default: 500)")
     add("--questions", type=count, default=500, metavar="N",
-        help="questions to ask, their kinds in turn (default: 500)")
+        help="questions to ask, their kinds in turn, and 0.3 times as many about the difference "
+        "between two pictures (default: 500)")
     add("--edits", type=count, default=300, metavar="N",
         help="edits told in words, their kinds in turn (default: 300)")
     add("--in-context", type=count, default=300, metavar="N",

@@ -417,9 +417,9 @@ def stream(
 ) -> Iterator[Event]:
     """Answer requests, `batch_size` at a time, and say what happens as it happens.
 
-    The options are those of Options. Image j of a request is drawn from noise seeded with seed + j,
-    whatever it is batched with. Raises ValueError, before anything is drawn, where a prompt leaves
-    no room for an answer.
+    A batch that does not fit the device's memory is split. The options are those of Options. Image
+    j of a request is drawn from noise seeded with seed + j, whatever it is batched with. Raises
+    ValueError, before anything is drawn, where a prompt leaves no room for an answer.
     """
     options = Options(**options)
     for number, request in enumerate(requests):
@@ -431,13 +431,24 @@ def stream(
     def batches() -> Iterator[Event]:
         show = dict(disable=not progress, leave=False, delay=0.01)  # not before the first latent
         with tqdm(total=0, desc="latents", **show) as bar:
-            for i in range(0, len(requests), batch_size):
-                part = requests[i : i + batch_size]
-                for event in decode(pipeline, part, options, bar):
-                    # the caller may print; the text of a single answer would be wiped out too
-                    if len(part) > 1 or event.kind == "image":
-                        bar.clear()
-                    yield dataclasses.replace(event, request=i + event.request)
+            size, first = batch_size, 0
+            while first < len(requests):
+                part, begun = requests[first : first + size], False
+                try:
+                    for event in decode(pipeline, part, options, bar):
+                        begun = True
+                        # the caller may print; the text of a single answer would be wiped out too
+                        if len(part) > 1 or event.kind == "image":
+                            bar.clear()
+                        yield dataclasses.replace(event, request=first + event.request)
+                    first += len(part)
+                except torch.OutOfMemoryError:  # the cache is allocated ahead of the first event
+                    if begun or len(part) == 1:
+                        raise ValueError(
+                            f"request {first} does not fit the memory of the device; lower "
+                            "--max-tokens, or try --dtype bfloat16"
+                        ) from None
+                    size = len(part) // 2
 
     return batches()
 
@@ -610,7 +621,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "finished, one prompt at a time (a single prompt always does)")
     add("--scale", type=number(int, 1, 64), help="enlarge PNGs for viewing; 1 writes the model's "
         "own pixels (default: the checkpoint's)")
-    add("--batch-size", type=number(int, 1, 4096), default=16, help="requests at a time")
+    add("--batch-size", type=number(int, 1, 4096), default=16, help="requests at a time; "
+        "fewer where the memory of a GPU does not hold so many (default: 16)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the transformer (default: float32 on a CPU, bfloat16 elsewhere)")
@@ -822,7 +834,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"interrupted; what was finished is in {args.output}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         tqdm.write(f"sample.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -107,7 +107,6 @@ REVIVE_EVERY, REVIVE_UNTIL, QUANTISE_FROM = 200, 0.7, 100
 COMMITMENT = 0.1
 QUANTISED_SHARE = 0.125
 DETAIL_WEIGHT = 0.5
-DIGITS = 0.9  # share of large things with a digit, for the encoder to learn them
 LATENT_NOISE = 0.2
 ISOTROPY = 0.01
 
@@ -218,7 +217,7 @@ def vae_stage(config: TrainConfig) -> Stage:
         config_json = {"vae": dataclasses.asdict(vae.config)}
         checkpoint.write(config.out, config_json, vae=weights)
 
-    return Stage(vae, scene_batches(config, DIGITS), losses, save, revive)
+    return Stage(vae, scene_batches(config, data.TRAINING_DIGITS), losses, save, revive)
 
 
 def decoder_stage(config: TrainConfig) -> Stage:

@@ -271,6 +271,18 @@ def test_instructions_say_what_was_done():
                 assert " ".join(words) == f"Add {data.with_article(new[0].name)}" and not old
 
 
+@pytest.mark.parametrize("kind", data.EDITS)
+def test_a_difference_is_an_edit_told_backwards(kind):
+    edit = data.editing(random.Random(kind), kind)
+    example = data.difference(random.Random(kind), kind)
+    before, after, question, answer = example.segments
+    assert before == edit.segments[0] and not after.output
+    assert np.array_equal(after.content, edit.segments[2].content)
+    assert question == data.Segment("What changed?")
+    assert answer == data.Segment(edit.segments[1].content, output=True)
+    assert (example.task, example.kind, example.things) == ("difference", kind, edit.things)
+
+
 def test_in_context_pairs_show_the_same_edit():
     """What happened between the first two pictures is what happens to the third."""
     rng = random.Random(1)

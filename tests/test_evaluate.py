@@ -230,6 +230,15 @@ def test_a_perfect_editor_gets_everything_right(in_context, monkeypatch):
     assert not any(v.right for v in verdicts) and all(v.kept == 60 for v in verdicts)
 
 
+def test_differences_are_right_to_the_letter(monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", truthful)
+    remember("difference", data.difference, 7, 30)
+    table = evaluate.tally(evaluate.compare(None, 7, 30))
+    assert set(table) == {*data.EDITS, "all"} and table["all"]["rate"] == 1
+    TRUTH[9] = [Segment("Remove the red circle.", True)]
+    assert evaluate.tally(evaluate.compare(None, 7, 30))["all"]["right"] == 29
+
+
 def test_an_edit_that_also_moves_another_thing_is_wrong():
     rng = random.Random(0)
     while len((example := data.editing(rng, "recolour")).things) < 3:

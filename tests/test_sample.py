@@ -17,7 +17,7 @@ import checkpoint
 import data
 import sample
 from data import Segment
-from orthus import Orthus, OrthusConfig
+from orthus import KVCache, Orthus, OrthusConfig
 from sample import Request, generate
 from vae import VQVAE, VQVAEConfig
 
@@ -110,6 +110,27 @@ def test_same_seed_same_picture_alone_and_in_a_batch(pipeline):
     for a, b in zip(together, apart, strict=True):
         assert a.text == b.text and len(a.images) == len(b.images) > 0
         assert all(grey_levels(x, y) <= FEW for x, y in zip(a.images, b.images, strict=True))
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_split(pipeline, monkeypatch):
+    requests = texts("a star", "two circles", "a red square", "a circle", "three stars")
+    one_by_one = generate(pipeline, requests, batch_size=1, progress=False)
+    tried = []
+
+    def scarce(config, rows, *rest):
+        tried.append(rows)
+        if rows > 4:
+            raise torch.OutOfMemoryError
+        return KVCache(config, rows, *rest)
+
+    monkeypatch.setattr(sample, "KVCache", scarce)
+    answers = generate(pipeline, requests, batch_size=5, progress=False)
+    assert tried == [10, 4, 4, 2]  # two contexts each
+    for a, b in zip(answers, one_by_one, strict=True):
+        assert grey_levels(a.images[0], b.images[0]) <= FEW
+    monkeypatch.setattr(sample, "KVCache", lambda *_: scarce(None, 5))
+    with pytest.raises(ValueError, match="request 0 does not fit the memory"):
+        generate(pipeline, requests, progress=False)
 
 
 def test_batch_size_changes_nothing(pipeline):

@@ -261,7 +261,7 @@ def test_micro_batches_add_up_to_the_whole(road, tmp_path):
 def test_a_tenth_of_the_prompts_for_images_is_the_unconditional_one(road, tmp_path):
     settings = config(
         "posttrain", tmp_path / "x", before(road, "posttrain"), batch_size=600, micro_batches=1,
-        without="understanding,editing,in_context,story",
+        without="understanding,editing,difference,in_context,story",
     )
     stage = train.STAGES["posttrain"](settings)
     (micro,) = stage.batch(0)
@@ -287,7 +287,7 @@ def test_a_dropped_prompt_leaves_images_without_text_or_the_unconditional_senten
 
 def test_tasks_can_be_left_out(road, tmp_path):
     settings = config("posttrain", tmp_path / "x", road / "base", without="in_context,story")
-    assert set(train.choose_tasks(settings)) == {"text_to_image", "understanding", "editing"}
+    assert set(train.choose_tasks(settings)) == set(data.TASKS) - {"in_context", "story"}
     with pytest.raises(ValueError, match="'poetry'.*in_context"):
         config("posttrain", tmp_path / "y", road / "base", without="poetry")
 
