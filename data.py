@@ -420,7 +420,7 @@ GENEVAL = {  # GenEval's six categories and their share of the text-to-image exa
     "position": 0.16,
     "binding": 0.24,
 }
-QUESTIONS = {  # kinds of question and their share; a scene without answer is asked something else
+QUESTIONS = {  # kinds of question and their share
     "count": 0.12,
     "colour": 0.09,
     "exists": 0.09,

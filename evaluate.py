@@ -188,7 +188,8 @@ def judge_edit(example: Example, seen: list[Thing]) -> bool:
 
 
 def kept(example: Example, image: Image.Image, seen: list[Thing]) -> float:
-    """PSNR in decibels of everything outside the edited thing."""
+    """PSNR in decibels of everything outside the edited thing; of everything where an added one is
+    not found."""
     if example.kind == "add":
         edited = new_thing(example, seen)
         edited = [edited] if edited else []
@@ -429,7 +430,7 @@ def tell(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
             image, sentence, before, seen = frames[frame] if frame < len(frames) else blank
             right = bool(before) and judge_frame(sentence, before, seen)
             same = sorted(t.name for t in seen) == actors
-            label = f"{sentence.strip()}" + saw(seen) * (not right)
+            label = sentence.strip() + saw(seen) * (not right)
             verdicts.append(Verdict("frame is as its sentence", image, label, right))
             verdicts.append(Verdict("actors stay the same", image, label, same))
     return verdicts
@@ -717,7 +718,10 @@ def main(argv: list[str] | None = None) -> None:
         print(show(results))
         if args.json:
             args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        tqdm.write("interrupted; nothing was reported", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         tqdm.write(f"evaluate.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

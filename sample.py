@@ -179,7 +179,9 @@ def contexts(
     if options.cfg_image is not None:
         scale_image = options.cfg_image
     elif options.cfg_scale is not None:
-        scale_image = min(scale_image, scale)  # a prompt that counts for less, images too
+        has_text = len(request.images) < len(request.prompt)
+        # a prompt that counts for less, images too
+        scale_image = min(scale_image, scale) if has_text else scale
     empty = [Segment(defaults["unconditional"])]
     if not request.images:
         rows = [(request.prompt, scale), (empty, 1 - scale)]
@@ -203,6 +205,7 @@ class Decoding:
     rows: slice  # its rows of the batch, one per context, the full one first
     weights: tuple[float, ...]  # of its contexts
     budget: int  # tokens it may still write
+    advice: str  # where these are too few
     rng: torch.Generator  # for sampled text
     forced: int | None = None  # the next token, where it is not the model's choice
     ids: list[int] = field(default_factory=list)  # of the text being written
@@ -238,7 +241,7 @@ def choose(d: Decoding, logits: Tensor, config: OrthusConfig, options: Options) 
     if full or d.budget < size + 1:  # <sep> must fit too
         if not d.refused and int(logits.argmax()) == config.boi_id:
             d.refused = True
-            why = f"it takes {size + 1} tokens, {d.budget} are left; raise --max-tokens"
+            why = f"it takes {size + 1} tokens, {d.budget} are left; {d.advice}"
             why = f"--max-images is {options.max_images}" if full else why
             d.notes.append(f"image {d.images + 1} was left out: {why}")
         logits = logits.clone()
@@ -325,9 +328,11 @@ def begin(
         where = slice(len(sequences), len(sequences) + len(rows))
         sequences += [layout(segments, pipeline.tokenizer, config) for segments in rows]
         budget = room(pipeline, request, options)
+        full = len(sequences[where.start].tokens) + budget == config.max_position_embeddings
+        advice = "the context holds no more" if full else "raise --max-tokens"
         rng = torch.Generator().manual_seed(request.seed)
         forced = config.boi_id if begins_with_image(pipeline, request, options) else None
-        decodings.append(Decoding(number, request, where, weights, budget, rng, forced))
+        decodings.append(Decoding(number, request, where, weights, budget, advice, rng, forced))
     hub_pixels = bool(pipeline.defaults.get("hub_pixels"))
     batch = collate(sequences, config, pipeline.vae.config.resolution, True, hub_pixels)
     return decodings, batch.to(pipeline.model.norm.weight.device)
@@ -348,7 +353,7 @@ def events(d: Decoding, pipeline: Pipeline) -> Iterator[Event]:
     """What the last step of the loop brought for one request, its budget already charged."""
     if d.budget <= 0 and not d.done:
         d.done = True
-        d.notes.append("the answer was cut: its tokens are used up; raise --max-tokens")
+        d.notes.append(f"the answer was cut: its tokens are used up; {d.advice}")
     text = pipeline.tokenizer.decode(d.ids)
     over = d.done or d.drawing
     if len(text) > len(d.said) and (over or not text.endswith("\ufffd")):  # half a character waits
@@ -444,9 +449,12 @@ def stream(
                     first += len(part)
                 except torch.OutOfMemoryError:  # the cache is allocated ahead of the first event
                     if begun or len(part) == 1:
+                        what, flag = "an answer", "--max-tokens"
+                        if len(part) > 1:
+                            what, flag = "a batch of answers", "--batch-size"
                         raise ValueError(
-                            f"request {first} does not fit the memory of the device; lower "
-                            "--max-tokens, or try --dtype bfloat16"
+                            f"{what} does not fit the memory of the device; lower {flag}, or try "
+                            "--dtype bfloat16"
                         ) from None
                     size = len(part) // 2
 
@@ -467,7 +475,8 @@ def generate(pipeline: Pipeline, requests: list[Request], **options) -> list[Ans
 def open_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)  # photos may be stored turned
+            with contextlib.suppress(SyntaxError):  # Exif data that are broken
+                image = ImageOps.exif_transpose(image)  # photos may be stored turned
             if image.mode in ("I", "F"):
                 raise ValueError(f"image {path} has mode {image.mode}; give 8 or 16 bits a channel")
             copy = image.copy()
@@ -654,7 +663,7 @@ class Writer:
         self.names: list[list[str]] = [[] for _ in requests]  # of the images written
         self.turn = 0  # the request whose answer is being written
         self.waiting: list[list[Event]] = [[] for _ in requests]
-        self.count = 0  # images written
+        self.count = 0  # the next image's number
 
     def take(self, event: Event) -> None:
         self.waiting[event.request].append(event)
@@ -681,7 +690,8 @@ class Writer:
             self.end(number)
 
     def save(self, image: Image.Image) -> str:
-        """Write an image under the next free number; a file is whole or not there."""
+        """Write an image under the next number that no image of a prompt has; a file is whole or
+        not there."""
         while (path := self.output / f"{self.count:04d}.png").resolve() in self.inputs:
             self.count += 1
         enlarge(image, self.scale).save(path.with_suffix(".part"), "PNG")
@@ -734,9 +744,12 @@ class Writer:
                 lines += [segment.content.strip() if is_text else next(names), ""]
             rows.append(captioned(request.prompt) + captioned(self.answers[i].segments))
         size = enlarge(self.answers[told[0]].images[0], self.scale).size
-        (self.output / "story.md").write_text("\n".join(lines), encoding="utf-8")
-        sheet(rows, size).save(self.output / "story.png")
-        print(f"{self.output / 'story.md'} {self.output / 'story.png'}")
+        page, picture = self.output / "story.md", self.output / "story.png"
+        while picture.resolve() in self.inputs:
+            picture = picture.with_stem(picture.stem + "_")
+        page.write_text("\n".join(lines), encoding="utf-8")
+        sheet(rows, size).save(picture)
+        print(f"{page} {picture}")
 
 
 def enlarge(image: Image.Image, scale: int) -> Image.Image:
@@ -817,13 +830,14 @@ def run(args: argparse.Namespace) -> None:
         try:
             for event in happening:
                 writer.take(event)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ValueError):
             writer.interrupt()
             writer.write_story()
             raise
     writer.write_story()
     if args.requests:
-        print(f"{output / 'results.jsonl'}: {len(requests)} answers, {writer.count} images")
+        images = sum(map(len, writer.names))
+        print(f"{output / 'results.jsonl'}: {len(requests)} answers, {images} images")
     print(f"{time.time() - started:.1f} seconds")
 
 

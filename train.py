@@ -59,7 +59,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
     weight_decay: float = 0.01  # on matrices only
     grad_clip: float = 1.0  # largest norm of the gradient
-    micro_batches: int = 1  # parts of a batch, by length: less memory, less padding
+    micro_batches: int = 1  # parts of a transformer's batch, by length: less memory and padding
     image_loss_weight: float = 10.0  # lambda
     guidance_dropout: float = 0.1  # share of prompts for images that lose their text, or all
     without: str = ""  # tasks that chameleon and posttrain leave out, by comma: story,in_context
@@ -244,9 +244,10 @@ def decoder_stage(config: TrainConfig) -> Stage:
 
 @dataclass
 class MicroBatch:
-    """Part of a step's examples, and its share of the step's text and image targets."""
+    """Part of a step's examples, and its share of them and of their text and image targets."""
 
     batch: data.Batch
+    share: float
     text_share: float
     image_share: float
 
@@ -272,10 +273,9 @@ def example_batches(config: TrainConfig, model: OrthusConfig, vae: VQVAEConfig, 
         texts = [int((p.labels != -100).sum()) - n for p, n in zip(parts, images, strict=True)]
         if "image" in tasks:
             texts = [0] * len(parts)  # stage 1 has no text loss
-        return [
-            MicroBatch(p, t / max(1, sum(texts)), n / max(1, sum(images)))
-            for p, t, n in zip(parts, texts, images, strict=True)
-        ]
+        rows = [len(p.tokens) for p in parts]
+        shares = [[n / max(1, sum(ns)) for n in ns] for ns in (rows, texts, images)]
+        return [MicroBatch(*part) for part in zip(parts, *shares, strict=True)]
 
     return make
 
@@ -318,7 +318,7 @@ def orthus_stage(config: TrainConfig, model: Orthus, tasks: dict[str, float]) ->
         if model.config.vision_embedding == "softmax":  # how many codes a latent mixes (eq. 4)
             with torch.no_grad():
                 mixed = model.vision_embedding.effective_codes(latents[:256]).median()
-            parts["codes_mixed"] = mixed / config.micro_batches
+            parts["codes_mixed"] = mixed * micro.share
         return parts
 
     def save(weights):
@@ -338,7 +338,9 @@ def start_run(config: TrainConfig, model: OrthusConfig) -> None:
     """Give the run directory what does not change in it: autoencoder, tokenizer, defaults."""
     known = checkpoint.read_config(config.init)
     sizes, vae = checkpoint.read_vae(config.init)
-    generation = known.get("generation") or GENERATION | {"words": data.shapes_words()}
+    generation = known.get("generation") or GENERATION | {"words": []}
+    if "words" in generation:  # a model of the Shapes world, which may have grown since
+        generation = generation | {"words": data.shapes_words()}
     parts = {"model": dataclasses.asdict(model), "vae": sizes, "generation": generation}
     before = known.get("model", {}).get("image_head", model.image_head)
     if config.preset == "7b" and before != model.image_head:  # Chameleon becomes Orthus
@@ -357,9 +359,15 @@ def chameleon_stage(config: TrainConfig) -> Stage:
     """The discrete ancestor, from scratch: nearest codes in, image tokens out (eq. 1, 2)."""
     torch.manual_seed(config.seed)
     sizes = OrthusConfig.preset(config.preset, vision_embedding="argmin", image_head="tokens")
+    fields, vae = checkpoint.read_vae(config.init)
+    for name in ("num_codes", "latent_channels"):
+        if fields[name] != getattr(sizes, name):
+            raise ValueError(
+                f"{name} is {fields[name]} in the autoencoder of {config.init}, but "
+                f"{getattr(sizes, name)} in preset {config.preset}; give one of that preset"
+            )
     start_run(config, sizes)
     model = Orthus(sizes)
-    _, vae = checkpoint.read_vae(config.init)
     model.vision_embedding.codebook.weight.data.copy_(vae["quantize.embedding.weight"])
     model.vision_embedding.codebook.requires_grad_(False)
     return orthus_stage(config, model.to(config.device), choose_tasks(config))
@@ -374,6 +382,10 @@ def to_orthus(config: TrainConfig) -> Orthus:
     that mixes MIXED_CODES codes.
     """
     old = Orthus.from_pretrained(config.init, "cpu", torch.float32)
+    if old.config.image_head != "tokens":
+        raise ValueError(
+            f"base makes an Orthus of a Chameleon; {config.init} is none: go on with posttrain"
+        )
     vae = VQVAE.from_pretrained(config.init, "cpu", torch.float32)
     sizes = dataclasses.replace(old.config, vision_embedding="softmax", image_head="diffusion")
     if config.preset == "tiny":
@@ -442,11 +454,8 @@ STAGES = {
 class Steps(Dataset):
     """Makes batch number i in a data process."""
 
-    def __init__(self, make: Callable[[int], object], steps: int):
-        self.make, self.steps = make, steps
-
-    def __len__(self):
-        return self.steps
+    def __init__(self, make: Callable[[int], object]):
+        self.make = make
 
     def __getitem__(self, step):
         return self.make(step)
@@ -456,7 +465,7 @@ def batches(stage: Stage, config: TrainConfig, first: int) -> Iterator[object]:
     """Batches first, first + 1, .. of the run, made ahead of the step."""
     return iter(
         DataLoader(
-            Steps(stage.batch, config.steps),
+            Steps(stage.batch),
             batch_size=None,
             sampler=range(first, config.steps),
             num_workers=config.workers,
@@ -491,7 +500,7 @@ class Optimizers:
 
     def zero_grad(self) -> None:
         for part in self.parts:
-            part.zero_grad(set_to_none=True)
+            part.zero_grad()
 
     def state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Moments of one parameter; empty before its first step."""
@@ -553,6 +562,10 @@ def save_state(name, out: Path, model, optimizer, average: dict, step: int, conf
 def train(name: str, config: TrainConfig) -> None:
     """Run one stage to its last step, or on from its state.pt."""
     out = Path(config.out)
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    if config.resume and (first := read_state(out)["step"]) >= config.steps:
+        raise ValueError(f"{out} is at step {first} of {config.steps}; raise --steps to go on")
     stage = STAGES[name](config)
     model = stage.model
     out.mkdir(parents=True, exist_ok=True)
@@ -564,8 +577,6 @@ def train(name: str, config: TrainConfig) -> None:
         model.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         average, first = state["average"], state["step"]
-        if first >= config.steps:
-            raise ValueError(f"{out} is at step {first} of {config.steps}; raise --steps to go on")
     kind = torch.device(config.device).type
     autocast = torch.autocast(kind, getattr(torch, config.dtype), config.dtype != "float32")
     sums, started = {}, time.time()
@@ -664,18 +675,22 @@ def make_config(name: str, given: dict) -> TrainConfig:
     if given.get("resume"):
         state = read_state(Path(given["out"]))
         before = state["config"]
-        if state.get("stage", name) != name:
+        if state["stage"] != name:
             raise ValueError(
                 f"{given['out']} is a run of stage {state['stage']}, not {name}; give another --out"
             )
     config = TrainConfig(**(before | given))
     if config.resume and config.optimizer != before["optimizer"]:
         raise ValueError(f"the run has optimizer {before['optimizer']}; leave out --optimizer")
-    for field in ("steps", "batch_size", "micro_batches", "lr", "log_every", "save_every"):
+    above_zero = ("steps", "batch_size", "micro_batches", "lr", "grad_clip", "log_every")
+    for field in (*above_zero, "save_every"):
         if getattr(config, field) <= 0:
             raise ValueError(f"--{field.replace('_', '-')} is {getattr(config, field)}; want > 0")
     if not config.resume and (Path(config.out) / "state.pt").exists():
         raise ValueError(f"{config.out} holds a run already; give --resume or another --out")
+    kept = "*.safetensors*" if name in ("vae", "decoder") else f"{checkpoint.MODEL}*"
+    if not config.resume and (found := sorted(Path(config.out).glob(kept))):
+        raise ValueError(f"{found[0]} would be overwritten; give another --out")
     if name != "vae" and not config.init:
         raise ValueError(f"stage {name} starts from a checkpoint: give --init DIR")
     pick_device(config.device)
@@ -700,9 +715,10 @@ def parse(argv: list[str] | None = None) -> tuple[str, dict]:
     parser.add_argument("stage", choices=[*STAGES, "all"])
     for f in dataclasses.fields(TrainConfig):
         flag = "--" + f.name.replace("_", "-")
-        note = f"{notes.get(f.name, '')} (default: {f.default!r}, or the preset's)".strip()
+        note = f"{notes[f.name]} (default: {f.default!r}, or the preset's)"
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=notes[f.name])
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, default=None, help=notes[f.name])
         elif f.name == "betas":
             parser.add_argument(flag, type=float, nargs=2, help=note)
         else:
@@ -715,13 +731,14 @@ def main() -> None:
     keep_memory()
     name, given = parse()
     try:
-        if given.get("threads", 0) > 0:
-            torch.set_num_threads(given["threads"])
         if name == "all":
             train_all(given)
         else:
             train(name, make_config(name, given))
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        tqdm.write("interrupted; --resume goes on from the last save", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         tqdm.write(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -208,6 +208,7 @@ def test_answers_are_true_of_their_scenes(kind):
         example = data.understanding(rng, kind=kind, turns=2)
         assert example.kind == kind
         texts = [s.content for s in example.segments[1:]]
+        assert len(set(texts[::2])) == 2
         for question, answer in zip(texts[::2], texts[1::2], strict=True):
             assert answer == answer_by_looking(question, example.things)
 

@@ -129,7 +129,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_split(pipeline, monkeypatch):
     for a, b in zip(answers, one_by_one, strict=True):
         assert grey_levels(a.images[0], b.images[0]) <= FEW
     monkeypatch.setattr(sample, "KVCache", lambda *_: scarce(None, 5))
-    with pytest.raises(ValueError, match="request 0 does not fit the memory"):
+    with pytest.raises(ValueError, match="an answer does not fit.*--max-tokens"):
         generate(pipeline, requests, progress=False)
 
 
@@ -306,6 +306,9 @@ def test_contexts_of_an_edit_are_the_whole_prompt_its_images_and_nothing(pipelin
     assert rows(both, cfg_scale=4.0, cfg_image=4.0) == [(both, 4.0), (empty, -3)]
     assert rows(both, cfg_scale=1.0) == [(both, 1.0)]
     assert rows([image] * 2, cfg_scale=4.0, cfg_image=2.0) == [([image] * 2, 2.0), (empty, -1)]
+    defaults = DEFAULTS | {"interleaved": {"cfg_scale": 2.0, "cfg_image": 2.0}}
+    guided = Request([image] * 2), defaults, sample.Options(cfg_scale=4.0)
+    assert sample.contexts(*guided) == [([image] * 2, 4.0), (empty, -3)]
     assert rows([text], cfg_scale=4.0) == [([text], 4.0), (empty, -3)]
 
 
@@ -424,6 +427,9 @@ def test_a_story_is_written_with_its_pictures(run, directory, tmp_path, monkeypa
     assert story.startswith("> `<image>` Continue this story.")
     assert story.index("(0000.png)") < story.index("(0001.png)")
     assert Image.open(out / "story.png").width > 3 * 64  # the prompt's image and both of the answer
+    before = (out / "story.png").read_bytes()
+    run("--checkpoint", directory, "--image", out / "story.png", "--prompt", "On.", "--output", out)
+    assert (out / "story.png").read_bytes() == before and (out / "story_.png").is_file()
 
 
 @pytest.mark.parametrize("prompts", [1, 2])

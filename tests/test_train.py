@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import sys
 
 import pytest
@@ -360,3 +361,41 @@ def test_weights_that_are_not_numbers_are_never_saved(road, tmp_path):
 def test_a_run_is_never_overwritten_by_accident(road, tmp_path):
     with pytest.raises(ValueError, match="--resume or another --out"):
         config("vae", road / "vae")
+    for name in ("vae", "posttrain"):  # a published checkpoint has no state.pt
+        with pytest.raises(ValueError, match="would be overwritten; give another --out"):
+            config(name, road, road / "base")
+    train.start_run(config("posttrain", tmp_path, road / "base"), orthus.OrthusConfig())
+    config("posttrain", tmp_path, road / "base")  # as if stopped before its first save
+
+
+def test_a_run_knows_todays_words(road, tmp_path):
+    shutil.copytree(road / "base", tmp_path / "old")
+    known = checkpoint.read_config(road)["generation"]
+    checkpoint.write(tmp_path / "old", {"generation": known | {"words": ["a", "red"], "steps": 7}})
+    settings = config("posttrain", tmp_path / "new", tmp_path / "old")
+    train.start_run(settings, orthus.OrthusConfig())
+    now = checkpoint.read_config(tmp_path / "new")["generation"]
+    assert now == known | {"words": data.shapes_words(), "steps": 7}
+
+
+def test_base_starts_from_a_chameleon_alone(road, tmp_path):
+    with pytest.raises(ValueError, match="go on with posttrain"):
+        train.train("base", config("base", tmp_path / "x", road / "posttrain"))
+
+
+def test_a_codebook_of_another_size_is_refused(road, tmp_path, monkeypatch):
+    monkeypatch.setitem(orthus.PRESETS, "tiny", orthus.PRESETS["tiny"] | dict(latent_channels=16))
+    with pytest.raises(ValueError, match="latent_channels is 32"):
+        train.train("chameleon", config("chameleon", tmp_path / "x", road / "decoder"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train.py", "vae", "--out", str(tmp_path / "x")])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
