@@ -413,12 +413,12 @@ def scene_images(seed: int, step: int, batch: int, digits: float = 0.5) -> tuple
 # --- The Shapes world: tasks ---------------------------------------------------------------------
 
 GENEVAL = {  # GenEval's six categories and their share of the text-to-image examples
-    "one object": 0.10,
-    "two objects": 0.25,
-    "counting": 0.17,
-    "colours": 0.08,
-    "position": 0.16,
-    "binding": 0.24,
+    "one object": 0.07,
+    "two objects": 0.34,
+    "counting": 0.10,
+    "colours": 0.06,
+    "position": 0.09,
+    "binding": 0.34,
 }
 QUESTIONS = {  # kinds of question and their share
     "count": 0.12,
@@ -431,12 +431,12 @@ QUESTIONS = {  # kinds of question and their share
 TRAINING_DIGITS = 0.9  # share of large things with a digit where reading it is to be learned
 EDITS = {"recolour": 0.35, "remove": 0.35, "add": 0.3}  # kinds of edit and their share
 TASKS = {  # share of the post-training examples
-    "text_to_image": 0.30,
-    "understanding": 0.30,
-    "editing": 0.13,
-    "difference": 0.04,
-    "in_context": 0.17,
-    "story": 0.06,
+    "text_to_image": 0.42,
+    "understanding": 0.18,
+    "editing": 0.10,
+    "difference": 0.02,
+    "in_context": 0.21,
+    "story": 0.07,
 }
 
 

@@ -80,7 +80,7 @@ PRESETS = {
         "decoder": dict(steps=800, batch_size=32, lr=5e-4),
         "chameleon": dict(seed=1, steps=400, image_loss_weight=1.0) | BATCHES,
         "base": dict(seed=2, steps=300, lr=2e-3, batch_size=64, optimizer="muon"),
-        "posttrain": dict(seed=3, steps=8000) | BATCHES,
+        "posttrain": dict(seed=3, steps=11250, image_loss_weight=5.0) | BATCHES,
     },
     "7b": {  # the paper's settings
         "decoder": dict(steps=15000, batch_size=256, lr=1e-5),
