@@ -662,22 +662,34 @@ class Orthus(nn.Module):
         return F.cross_entropy(self.lm_head(hidden).float(), codes + start)
 
     def loss(
-        self, tokens: Tensor, latents: Tensor, labels: Tensor, generator: Generator | None = None
+        self,
+        tokens: Tensor,
+        latents: Tensor,
+        labels: Tensor,
+        generator: Generator | None = None,
+        input_noise: float = 0.0,
     ) -> OrthusLoss:
         """L = L_ar + lambda L_diff, stage 2's objective.
 
         labels (B, T) are unshifted: -100 is ignored, image_id stands at the placeholders of output
         images, whose latents alone enter the image loss, any other id is a text target.
+        input_noise, in standard deviations of the latents, is added to output images where they are
+        read back, not where they are predicted: when it samples, the model reads its own drawing,
+        which is never exact.
         """
-        hidden = self(tokens, latents)[:, :-1]  # (B, T-1, D): each predicts what comes next
         labels, is_image = labels[:, 1:], (tokens == self.config.image_id)
         is_output = labels == self.config.image_id
+        wanted = F.pad(is_output, (1, 0))[is_image]  # (N,): which latents are targets
+        read = latents
+        if input_noise > 0:
+            noise = input_noise * latents.std() * randn(latents.shape, latents, generator)
+            read = latents + noise * wanted[:, None]
+        hidden = self(tokens, read)[:, :-1]  # (B, T-1, D): each predicts what comes next
         is_text = (labels != -100) & ~is_output
         text = image = hidden.new_zeros((), dtype=torch.float32)
         if is_text.any():
             text = F.cross_entropy(self.lm_head(hidden[is_text]).float(), labels[is_text])
         if is_output.any():
-            wanted = F.pad(is_output, (1, 0))[is_image]  # (N,): which latents are targets
             image = self.image_loss(hidden[is_output], latents[wanted], generator)
         return OrthusLoss(text + self.config.image_loss_weight * image, text, image)
 

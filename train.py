@@ -61,6 +61,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient
     micro_batches: int = 1  # parts of a transformer's batch, by length: less memory and padding
     image_loss_weight: float = 10.0  # lambda
+    input_noise: float = 0.0  # on output images as they are read back, in standard deviations
     guidance_dropout: float = 0.1  # share of prompts for images that lose their text, or all
     without: str = ""  # tasks that chameleon and posttrain leave out, by comma: story,in_context
     ema: float = 0.999  # decay of the weight average; 0 keeps the last weights
@@ -80,7 +81,7 @@ PRESETS = {
         "decoder": dict(steps=800, batch_size=32, lr=5e-4),
         "chameleon": dict(seed=1, steps=400, image_loss_weight=1.0) | BATCHES,
         "base": dict(seed=2, steps=300, lr=2e-3, batch_size=64, optimizer="muon"),
-        "posttrain": dict(seed=3, steps=11250, image_loss_weight=5.0) | BATCHES,
+        "posttrain": dict(seed=3, steps=11700, image_loss_weight=5.0, input_noise=0.25) | BATCHES,
     },
     "7b": {  # the paper's settings
         "decoder": dict(steps=15000, batch_size=256, lr=1e-5),
@@ -312,7 +313,8 @@ def orthus_stage(config: TrainConfig, model: Orthus, tasks: dict[str, float]) ->
         images = batch.images.to(memory_format=torch.channels_last)
         with torch.no_grad():
             latents = vae.encode(images).float().flatten(0, 1)  # (N, C)
-        loss = model.loss(batch.tokens, latents, batch.labels, generator)
+        noise = config.input_noise
+        loss = model.loss(batch.tokens, latents, batch.labels, generator, noise)
         text, image = loss.text * micro.text_share, loss.image * micro.image_share
         parts = {"loss": text + config.image_loss_weight * image, "text": text, "image": image}
         if model.config.vision_embedding == "softmax":  # how many codes a latent mixes (eq. 4)
@@ -432,7 +434,7 @@ UNCONDITIONAL = "Generate an image."
 MIXED_CODES = 200.0  # with 10 the transformer saw too little of a latent: colours, digits (README)
 GENERATION = {  # defaults of sample.py, kept in the checkpoint's config.json
     "steps": 100,
-    "cfg_scale": 2.0,
+    "cfg_scale": 3.0,
     "unconditional": UNCONDITIONAL,
     "image_first": True,  # an answer begins with an image where the prompt holds none
     "interleaved": {"cfg_scale": 2.0, "cfg_image": 2.0},  # where it holds one

@@ -589,6 +589,21 @@ def finite_gradients(model: Orthus, total: Tensor) -> set[str]:
     return {name for name, grad in reached.items() if grad.abs().sum() > 0}
 
 
+def test_input_noise_is_on_output_images_as_they_are_read_alone(model, monkeypatch):
+    tokens, latents, labels = batch_of_two()
+    read, wanted = [], []
+    model.vision_embedding.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    image_loss = model.image_loss
+    record = lambda hidden, targets, generator: wanted.append(targets) or image_loss(
+        hidden, targets, generator
+    )
+    monkeypatch.setattr(model, "image_loss", record)
+    model.loss(tokens, latents, labels, seeded(0), input_noise=0.5)
+    moved = read[0] - latents  # of an input image, an output image, an input image
+    assert not moved[:4].any() and not moved[8:].any() and torch.equal(wanted[0], latents[4:8])
+    assert 0.35 < moved[4:8].std() / latents.std() < 0.65
+
+
 def test_text_alone_gives_no_image_loss(model):
     tokens = torch.tensor([[BOS, 30, SEP, 31, 32, SEP], [BOS, 30, 31, SEP, 33, PAD]])
     labels = torch.where(tokens > SEP, tokens, -100)
