@@ -562,11 +562,7 @@ ASK = {
 
 
 def understanding(
-    rng: random.Random,
-    kind: str | None = None,
-    turns: int = 1,
-    allow_unseen: bool = False,
-    digits: float = 0.5,
+    rng: random.Random, kind: str, turns: int = 1, allow_unseen: bool = False, digits: float = 0.5
 ) -> Example:
     """A scene and questions about it, the first of a given kind, in as many turns; a share of the
     large things with digits."""
@@ -578,13 +574,11 @@ def understanding(
         things = write_digits(place(wanted, rng), rng, digits)
         asked: list[tuple[str, str]] = []
         while len(asked) < turns:
-            first = kind if kind and not asked else choose(rng, QUESTIONS)
-            pair = ASK[first](rng, things)
-            if pair is None and kind and not asked:
+            pair = ASK[choose(rng, QUESTIONS) if asked else kind](rng, things)
+            if pair is None and not asked:
                 break  # this scene has no answer for the wanted kind: draw another
             if pair is not None and pair not in asked:  # again, it could be copied
                 asked.append(pair)
-                kind = kind or first
         else:
             segments = [Segment(render(things))]
             for question, answer in asked:

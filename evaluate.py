@@ -372,7 +372,9 @@ def compare(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdic
     return answer_exactly(pipeline, examples, seed, **options)
 
 
-def answer_exactly(pipeline: Pipeline, examples: list[Example], seed: int, **options):
+def answer_exactly(
+    pipeline: Pipeline, examples: list[Example], seed: int, **options
+) -> list[Verdict]:
     """Verdicts on answers in words: right if they are the expected ones to the letter."""
     requests = [Request(e.segments[:-1], seed + i) for i, e in enumerate(examples)]
     verdicts = []

@@ -313,8 +313,7 @@ def orthus_stage(config: TrainConfig, model: Orthus, tasks: dict[str, float]) ->
         images = batch.images.to(memory_format=torch.channels_last)
         with torch.no_grad():
             latents = vae.encode(images).float().flatten(0, 1)  # (N, C)
-        noise = config.input_noise
-        loss = model.loss(batch.tokens, latents, batch.labels, generator, noise)
+        loss = model.loss(batch.tokens, latents, batch.labels, generator, config.input_noise)
         text, image = loss.text * micro.text_share, loss.image * micro.image_share
         parts = {"loss": text + config.image_loss_weight * image, "text": text, "image": image}
         if model.config.vision_embedding == "softmax":  # how many codes a latent mixes (eq. 4)
@@ -684,8 +683,8 @@ def make_config(name: str, given: dict) -> TrainConfig:
     config = TrainConfig(**(before | given))
     if config.resume and config.optimizer != before["optimizer"]:
         raise ValueError(f"the run has optimizer {before['optimizer']}; leave out --optimizer")
-    above_zero = ("steps", "batch_size", "micro_batches", "lr", "grad_clip", "log_every")
-    for field in (*above_zero, "save_every"):
+    above_zero = "steps batch_size micro_batches lr grad_clip log_every save_every".split()
+    for field in above_zero:
         if getattr(config, field) <= 0:
             raise ValueError(f"--{field.replace('_', '-')} is {getattr(config, field)}; want > 0")
     if not config.resume and (Path(config.out) / "state.pt").exists():

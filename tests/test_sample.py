@@ -393,6 +393,11 @@ def test_images_stand_in_front_or_where_the_prompt_says(tmp_path):
 # --- The command line ---
 
 
+def test_a_picture_with_broken_exif_data_is_opened(tmp_path):
+    picture(3).save(tmp_path / "a.png", exif=b"Exif\x00\x00garbage!")
+    assert grey_levels(sample.open_image(str(tmp_path / "a.png")), picture(3)) == 0
+
+
 @pytest.fixture
 def run(run_main):
     return functools.partial(run_main, sample)
