@@ -10,16 +10,18 @@ Follows arXiv 2412.00127, and the released weights where they differ (README, "D
 Chameleon is the same class with vision_embedding="argmin" and image_head="tokens". Read in file
 order: config, transformer parts, vision embedding, noise schedule, image heads, the model.
 
-Letters: B batch, T sequence, S slots of a cache (or sampling steps), D width, H heads,
-V vocabulary, K codes, C latent channels, W head width, N image latents in the batch, L latents per
-image, G guidance contexts. A "latent" is a continuous autoencoder vector, a "token" is discrete,
-"hidden" is the transformer's output after its final norm.
+Letters: B batch, T sequence, D width, H heads, V vocabulary, K codes, C latent channels, W width
+of the image head, N image latents in the batch, L latents per image, G guidance contexts, S
+sampling steps. A "latent" is a continuous autoencoder vector, a "token" is discrete, "hidden" is
+the transformer's output after its final norm, a "slot" is a place in the cache.
 """
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +29,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import checkpoint
+from checkpoint import within
+
+
+def token_id(default: int) -> int:
+    return within(default, 0, 2**24)
 
 
 @dataclass
@@ -42,58 +49,57 @@ class OrthusConfig:
     num_key_value_heads: int = 32
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    max_position_embeddings: int = 4096
+    max_position_embeddings: int = within(4096, 1, 2**20)
     swin_norm: bool = False  # norm after each sub-layer instead of before (Chameleon-34B)
     # images
     num_codes: int = 8192  # K
     latent_channels: int = 256  # C
     latents_per_image: int = 1024  # L
-    vision_embedding: str = "softmax"  # softmax (eq. 4), argmin (eq. 1-2), linear
-    tau: float = 1.0  # temperature of eq. 4
-    image_head: str = "diffusion"  # diffusion (eq. 3), mse (appendix C), tokens (Chameleon)
+    vision_embedding: Literal["softmax", "argmin", "linear"] = "softmax"  # eq. 4, eq. 1-2, table 5
+    tau: float = within(1.0, 0.0, 1e9)  # temperature of eq. 4
+    image_head: Literal["diffusion", "mse", "tokens"] = "diffusion"  # eq. 3, appendix C, Chameleon
     # image head
     head_width: int = 1536  # W
     head_blocks: int = 3
     latent_scale: float = 0.1  # what the head noises is latents * latent_scale
-    prediction: str = "velocity"  # velocity or epsilon
-    beta_schedule: str = "scaled_linear"  # scaled_linear (LDM's "linear") or linear (DDPM's)
+    prediction: Literal["velocity", "epsilon"] = "velocity"
+    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"  # LDM's "linear", DDPM's
     zero_terminal_snr: bool = True
     diffusion_batch_multiplier: int = 8  # times each latent is noised in one loss
-    image_loss_weight: float = 100.0  # lambda, of the loss averaged over channels
+    image_loss_weight: float = within(100.0, 0.0, 1e9)  # lambda, of the mean over channels
     # token ids; image code k is token image_code_start + k
-    bos_id: int = 0
-    pad_id: int = 1
-    eos_id: int = 2
-    unk_id: int = 3
-    image_code_start: int = 4
-    eoi_id: int = 8196
-    boi_id: int = 8197
-    sep_id: int = 8710
-    image_id: int = 8711
+    bos_id: int = token_id(0)
+    pad_id: int = token_id(1)
+    eos_id: int = token_id(2)
+    unk_id: int = token_id(3)
+    image_code_start: int = token_id(4)
+    eoi_id: int = token_id(8196)
+    boi_id: int = token_id(8197)
+    sep_id: int = token_id(8710)
+    image_id: int = token_id(8711)
 
     def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                got = getattr(self, name)
-                raise ValueError(f"{name} is {got!r}; known: {', '.join(map(repr, choices))}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.vision_embedding == "softmax" and not self.tau > 0:
-            raise ValueError(
-                f"tau is {self.tau}; softmax needs tau > 0. The limit tau -> 0 is "
-                'vision_embedding="argmin"'
-            )
+        checkpoint.check_fields(self)
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        ids = {name: value for name, value in vars(self).items() if name.endswith("_id")}
+        codes = range(self.image_code_start, self.image_code_start + self.num_codes)
+        wrong = {
+            f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}, with"
+            " an even width for each": self.hidden_size % (2 * heads),
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}":
+                heads % groups,
+            f"tau is {self.tau}; softmax needs tau > 0, its limit is vision_embedding 'argmin'":
+                self.vision_embedding == "softmax" and self.tau == 0,
+            "image_head 'tokens' needs a codebook; vision_embedding 'linear' has none":
+                self.image_head == "tokens" and self.vision_embedding == "linear",
+            f"token ids {ids} are not distinct, or among the image codes {codes}":
+                len(set(ids.values())) < len(ids) or any(i in codes for i in ids.values()),
+            f"vocab_size {self.vocab_size} does not hold token ids {ids} and image codes {codes}":
+                max(*ids.values(), codes.stop - 1) >= self.vocab_size,
+        }
+        if problems := [problem for problem, is_wrong in wrong.items() if is_wrong]:
+            raise ValueError("; ".join(problems))
         NoiseSchedule(self.beta_schedule, self.zero_terminal_snr, self.prediction)  # may raise
-        if self.image_head == "tokens" and self.vision_embedding == "linear":
-            raise ValueError("image_head 'tokens' needs a codebook; 'linear' embedding has none")
 
     @property
     def head_dim(self) -> int:
@@ -108,55 +114,36 @@ class OrthusConfig:
         return cls(**(PRESETS[name] | changes))
 
 
-CHOICES = {
-    "vision_embedding": ("softmax", "argmin", "linear"),
-    "image_head": ("diffusion", "mse", "tokens"),
-    "prediction": ("velocity", "epsilon"),
-    "beta_schedule": ("scaled_linear", "linear"),
-}
-
-PRESETS = {
-    "7b": {},
-    "tiny": dict(
-        vocab_size=2304,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=512,
-        num_codes=2048,
-        latent_channels=32,
-        latents_per_image=16,
-        head_width=384,
-        diffusion_batch_multiplier=4,
-        image_loss_weight=10.0,
-        eoi_id=2052,
-        boi_id=2053,
-        sep_id=2054,
-        image_id=2055,
-    ),
-}
+TINY = dict(
+    vocab_size=2304, hidden_size=256, intermediate_size=640, num_hidden_layers=6,
+    num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512, num_codes=2048,
+    latent_channels=32, latents_per_image=16, head_width=384, diffusion_batch_multiplier=4,
+    image_loss_weight=5.0, eoi_id=2052, boi_id=2053, sep_id=2054, image_id=2055,
+)
+NANO = TINY | dict(
+    vocab_size=768, hidden_size=128, intermediate_size=320, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=4, num_codes=512, latent_channels=16,
+    head_width=256, eoi_id=516, boi_id=517, sep_id=518, image_id=519,
+)
+PRESETS = {"7b": {}, "tiny": TINY, "nano": NANO}
 
 
 # --- Transformer parts ---------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
+    """In fp32, then cast, then times the weight: Llama's order."""
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 class HeadNorm(nn.Module):
     """QK-norm: LayerNorm over the channels of each head, every head with its own affine map."""
-
     def __init__(self, heads: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(heads, width))
@@ -167,40 +154,57 @@ class HeadNorm(nn.Module):
 
 
 def rope(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Positions (B, T) -> cosines and sines (B, T, 1, width), split-half layout, fp32."""
+    """Positions (B, T) -> cosines and sines (B, T, 1, width), split-half layout, fp32.
+
+    The first half of the sines is negated: what `rotate` multiplies by them has its halves swapped.
+    """
     exponent = torch.arange(0, width, 2, device=positions.device) / width
     angles = positions[..., None, None].float() * theta**-exponent  # (B, T, 1, width / 2)
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
+    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sin.to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of a batch, allocated once for `length` slots and zero until written.
+    """Keys and values of a batch, allocated once for `length` slots a row and zero until written.
 
-    All rows write the same slots, but each sees its own: `visible` (B, length) says which. A
-    token's position is the number of visible tokens before it in its row, so a row with hidden
-    slots (padding, text that a guidance context must not see) equals one that never had them.
+    Each row fills its own slots from the first one on, and `visible` (B, length) says which of them
+    it sees: a token's position is the number of visible ones before it. So a row with padding
+    equals one that never had it, and a slot that was not written yet is simply not visible.
     """
-
     def __init__(self, config: OrthusConfig, batch: int, length: int, device="cpu", dtype=None):
-        heads, width = config.num_key_value_heads, config.head_dim
-        shape = (config.num_hidden_layers, batch, heads, length, width)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length)
+        self.keys = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
         self.visible = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        self.length = 0  # slots written so far
+        self.used = torch.zeros(batch, dtype=torch.long, device=device)  # slots written, by row
+        self.rows = torch.arange(batch, device=device)
+        self.is_whole = True
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, H, T, width) after the written slots -> all keys and values so far."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def select(self, rows: list[int]) -> "KVCache":
+        """The same cache for some of its rows alone, in that order: what is written is shared."""
+        part = copy.copy(self)
+        part.is_whole = rows == list(range(len(self.visible)))
+        part.rows = torch.tensor(rows, device=self.rows.device)
+        return part
+
+    def extend(self, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Take T more slots a row, visible (B, T) or not -> which slots are theirs (B, T), and
+        which of all slots are visible (B, length)."""
+        slots = self.used[self.rows, None] + torch.arange(visible.shape[1], device=visible.device)
+        self.visible[self.rows[:, None], slots] = visible
+        self.used[self.rows] += visible.shape[1]
+        return slots, self.visible[self.rows]
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put (B, H, T, width) into slots (B, T) -> all keys and values of these rows."""
+        keys, values, rows = self.keys[layer], self.values[layer], self.rows[:, None]
+        keys[rows, :, slots] = k.transpose(1, 2).to(keys.dtype)
+        values[rows, :, slots] = v.transpose(1, 2).to(values.dtype)
+        return (keys, values) if self.is_whole else (keys[self.rows], values[self.rows])
 
 
 class Attention(nn.Module):
@@ -215,33 +219,31 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(heads, width)
         self.k_norm = HeadNorm(kv_heads, width)
 
-    def forward(self, x, cos, sin, bias, cache: KVCache | None) -> Tensor:
+    def forward(self, x, cos, sin, bias, slots, cache: KVCache | None) -> Tensor:
         q = self.q_proj(x).unflatten(-1, self.q_norm.weight.shape)  # (B, T, H, width)
         k = self.k_proj(x).unflatten(-1, self.k_norm.weight.shape)  # (B, T, KV, width)
         v = self.v_proj(x).unflatten(-1, self.k_norm.weight.shape).transpose(1, 2)
         q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (B, H, T, width)
         k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)
         if cache is not None:
-            k, v = cache.write(self.layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
+            k, v = cache.write(self.layer, slots, k, v)
         return self.o_proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """(B, H, T, width), (B, KV, S, width) twice; bias (B, 1, T, S), -inf where nothing is seen."""
-    q, k, bias = q.to(v.dtype), k.to(v.dtype), bias.to(v.dtype)
-    repeat = q.shape[1] // k.shape[1]
-    if repeat > 1:
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    if q.device.type != "cpu" or k.shape[2] > 256:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    # short sequences on a CPU: the fused kernel's backward is several times slower than this
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, S)
-    return (scores + bias).softmax(-1) @ v
+    """(B, H, T, width), (B, KV, slots, width) twice; bias (B, 1, T, slots), -inf: not seen."""
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms give fp32
+    if torch.is_grad_enabled() and q.device.type == "cpu" and k.shape[2] <= 256:
+        # short sequences on a CPU: the fused kernel's backward is several times slower than this
+        group = q.unflatten(1, (k.shape[1], -1))  # (B, KV, H / KV, T, width)
+        scores = (group * q.shape[-1] ** -0.5) @ k[:, :, None].transpose(-1, -2)
+        return ((scores + bias[:, None]).softmax(-1) @ v[:, :, None]).flatten(1, 2)
+    is_grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=is_grouped)
 
 
 class MLP(nn.Module):
     """SwiGLU."""
-
     def __init__(self, config: OrthusConfig):
         super().__init__()
         d, inner = config.hidden_size, config.intermediate_size
@@ -262,11 +264,11 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, bias, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, *where) -> Tensor:
         if self.swin_norm:
-            x = x + self.input_layernorm(self.self_attn(x, cos, sin, bias, cache))
+            x = x + self.input_layernorm(self.self_attn(x, *where))
             return x + self.post_attention_layernorm(self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, bias, cache)
+        x = x + self.self_attn(self.input_layernorm(x), *where)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -280,7 +282,6 @@ class VisionEmbedding(nn.Module):
     embeddings of the image tokens. argmin (eq. 1-2): h = w_j of the nearest c_j: Chameleon. linear:
     a projection, no codebook (table 5).
     """
-
     def __init__(self, config: OrthusConfig, embed_tokens: nn.Embedding):
         super().__init__()
         self.kind, self.tau, self.num_codes = config.vision_embedding, config.tau, config.num_codes
@@ -328,13 +329,10 @@ class NoiseSchedule:
     scaled_linear is LDM's schedule, linear DDPM's; zero_terminal_snr rescales either so that
     alpha_bar_999 = 0 (Lin et al. 2305.08891, algorithm 1).
     """
-
     def __init__(self, beta_schedule: str, zero_terminal_snr: bool, prediction: str):
         if prediction == "epsilon" and zero_terminal_snr:
-            raise ValueError(
-                "prediction 'epsilon' with zero_terminal_snr divides by zero at t = 999; use "
-                "prediction 'velocity' or zero_terminal_snr False"
-            )
+            raise ValueError("prediction 'epsilon' with zero_terminal_snr divides by zero at "
+                             "t = 999; use prediction 'velocity' or zero_terminal_snr False")
         self.prediction = prediction
         if beta_schedule == "scaled_linear":
             betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
@@ -386,7 +384,13 @@ class NoiseSchedule:
         return list(zip(t, a.tolist(), b.tolist(), strict=True))
 
 
-# --- Image heads ---------------------------------------------------------------------------------
+# --- Image heads: one interface ------------------------------------------------------------------
+#
+#     Head(config, model)    the model whose head it is; only TokenHead looks at it
+#     .loss(hidden (N, D), latents (N, C), generator=) -> scalar
+#     .prepare(steps)        what sampling needs once an image, not once a latent
+#     .sample(hidden (B, G, D), weights (G,), steps=, noise=, generator=, prepared=) -> (B, C)
+#     .init_weights()        its own initial values
 
 
 def randn(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
@@ -395,9 +399,18 @@ def randn(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> 
     return torch.randn(shape, generator=generator, device=device).to(like.device)
 
 
+def guide(outputs: Tensor, weights: tuple[float, ...] | Tensor) -> Tensor:
+    """Outputs (B, G, X) for G guidance contexts -> their sum (B, X) with weights (G,)."""
+    if len(weights) != outputs.shape[1]:
+        raise ValueError(
+            f"got {len(weights)} guidance weights for {outputs.shape[1]} contexts; give one each"
+        )
+    weights = torch.as_tensor(weights, dtype=torch.float32, device=outputs.device)
+    return weights @ outputs.float()
+
+
 class TimeEmbedding(nn.Module):
     """Timesteps (N,) -> (N, W): 256 sinusoidal features, cosines first, then an MLP."""
-
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -411,16 +424,20 @@ class TimeEmbedding(nn.Module):
 
 class ResBlock(nn.Module):
     """x + gate * mlp(LN(x) (1 + scale) + shift), modulated by AdaLN (section 5.1)."""
-
     def __init__(self, width: int):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        shift, scale, gate = modulation.chunk(3, -1)
-        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+    def modulation(self, y: Tensor) -> tuple[Tensor, ...]:
+        """y (.., W) -> scale, shift, gate, with LN's own affine map folded into the first two."""
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, -1)
+        return self.in_ln.weight * (1 + scale), self.in_ln.bias * (1 + scale) + shift, gate
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
+        normed = F.layer_norm(x, x.shape[-1:], eps=self.in_ln.eps)
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, normed, scale)))
 
 
 class FinalLayer(nn.Module):
@@ -429,18 +446,13 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        shift, scale = modulation.chunk(2, -1)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+    def modulation(self, y: Tensor) -> tuple[Tensor, ...]:
+        shift, scale = self.adaLN_modulation(y).chunk(2, -1)
+        return 1 + scale, shift
 
-
-def guidance(weights: tuple[float, ...], hidden: Tensor) -> Tensor:
-    """One weight for each context of hidden (B, G, D) -> (G, 1)."""
-    if len(weights) != hidden.shape[1]:
-        raise ValueError(
-            f"got {len(weights)} guidance weights for {hidden.shape[1]} contexts; give one for each"
-        )
-    return torch.as_tensor(weights, dtype=torch.float32, device=hidden.device)[:, None]
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return self.linear(torch.addcmul(shift, normed, scale))
 
 
 class DiffusionHead(nn.Module):
@@ -448,43 +460,48 @@ class DiffusionHead(nn.Module):
 
     Latents are scaled by latent_scale here and nowhere else.
     """
-
-    def __init__(self, config: OrthusConfig):
+    def __init__(self, config: OrthusConfig, model: "Orthus | None" = None):
         super().__init__()
         w, c = config.head_width, config.latent_channels
         self.latent_scale, self.multiplier = config.latent_scale, config.diffusion_batch_multiplier
-        self.schedule = NoiseSchedule(
-            config.beta_schedule, config.zero_terminal_snr, config.prediction
-        )
+        schedule = config.beta_schedule, config.zero_terminal_snr, config.prediction
+        self.schedule = NoiseSchedule(*schedule)
         self.time_embed = TimeEmbedding(w)
         self.cond_embed = nn.Linear(config.hidden_size, w)
         self.input_proj = nn.Linear(c, w)
         self.res_blocks = nn.ModuleList(ResBlock(w) for _ in range(config.head_blocks))
         self.final_layer = FinalLayer(w, c)
 
-    def modulations(self, y: Tensor) -> list[Tensor]:
-        """y = time + condition (.., W) -> AdaLN modulations of each block and the final layer."""
-        return [part.adaLN_modulation(y) for part in (*self.res_blocks, self.final_layer)]
+    def init_weights(self) -> None:
+        """Xavier uniform, biases zero, the time MLP N(0, 0.02); AdaLN and final linears zero, so
+        that the output starts at zero."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias") or "adaLN" in name or "final_layer" in name:
+                nn.init.zeros_(p)
+            elif "time_embed" in name:
+                nn.init.normal_(p, 0, 0.02)
+            elif "in_ln" in name:
+                nn.init.ones_(p)
+            else:
+                nn.init.xavier_uniform_(p)
 
-    def denoise(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
+    def modulations(self, y: Tensor) -> list[tuple[Tensor, ...]]:
+        """y = time + condition (.., W) -> AdaLN modulations of each block and the final layer."""
+        return [part.modulation(y) for part in (*self.res_blocks, self.final_layer)]
+
+    def denoise(self, x: Tensor, modulations: list[tuple[Tensor, ...]]) -> Tensor:
         """Noisy latents (.., C) in scaled units -> the network's output (.., C)."""
         x = self.input_proj(x.to(self.input_proj.weight.dtype))
-        for block, modulation in zip(self.res_blocks, modulations, strict=False):
-            x = block(x, modulation)
-        return self.final_layer(x, modulations[-1]).float()
+        for part, modulation in zip((*self.res_blocks, self.final_layer), modulations, strict=True):
+            x = part(x, *modulation)
+        return x.float()
 
     def forward(self, noisy: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
         """(N, C) in scaled units, (N,), (N, D) -> the predicted noise or velocity (N, C)."""
         return self.denoise(noisy, self.modulations(self.time_embed(t) + self.cond_embed(hidden)))
 
-    def loss(
-        self,
-        hidden: Tensor,
-        latents: Tensor,
-        t: Tensor | None = None,
-        noise: Tensor | None = None,
-        generator: Generator | None = None,
-    ) -> Tensor:
+    def loss(self, hidden: Tensor, latents: Tensor, t: Tensor | None = None,
+             noise: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Eq. 3: hidden (N, D), latents (N, C) -> squared error, averaged over everything.
 
         Each latent is noised `diffusion_batch_multiplier` times, unless t (N,) or noise (N, C) is
@@ -503,36 +520,40 @@ class DiffusionHead(nn.Module):
         output = self(self.schedule.add_noise(clean, noise, t), t, hidden)
         return F.mse_loss(output, self.schedule.target(clean, noise, t))
 
+    def prepare(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Time embeddings (S, W), and DDIM's two coefficients of each step (S, 2)."""
+        t, a, b = zip(*self.schedule.ddim(steps), strict=True)
+        device = self.input_proj.weight.device
+        coefficients = torch.tensor([a, b], device=device).T
+        return self.time_embed(torch.tensor(t, device=device)), coefficients
+
+    def step(self, x: Tensor, weights, coefficients: Tensor, modulations) -> Tensor:
+        """One step of DDIM for x (B, C): x <- a x + b output, the output guided."""
+        a, b = coefficients
+        return torch.addcmul(a * x, b, guide(self.denoise(x[:, None], modulations), weights))
+
     @torch.no_grad()
-    def sample(
-        self,
-        hidden: Tensor,
-        weights: tuple[float, ...] = (1.0,),
-        steps: int = 100,
-        noise: Tensor | None = None,
-        generator: Generator | None = None,
-    ) -> Tensor:
+    def sample(self, hidden: Tensor, weights: tuple[float, ...] | Tensor = (1.0,), steps: int = 100,
+               noise: Tensor | None = None, generator: Generator | None = None,
+               prepared: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """DDIM: hidden (B, G, D) -> latents (B, C).
 
         The outputs for the G guidance contexts of a latent are summed with `weights` (G,), which
         add up to 1. From step to step only x changes: the modulations, 70% of the head's weights,
-        are computed ahead of the loop, many steps in one product.
+        are computed ahead of the loop, many steps in one product. `prepared` is what prepare(steps)
+        gave.
         """
-        batch, contexts, _ = hidden.shape
-        if noise is None:
-            noise = randn((batch, self.input_proj.in_features), hidden, generator)
-        x = noise.float()
-        weights = guidance(weights, hidden)  # (G, 1)
-        path = self.schedule.ddim(steps)
-        time = self.time_embed(torch.tensor([t for t, _, _ in path], device=hidden.device))
+        x = randn((len(hidden), self.input_proj.in_features), hidden, generator)
+        x = x if noise is None else noise.float()
+        time, coefficients = prepared or self.prepare(steps)
         condition = self.cond_embed(hidden.to(time.dtype))  # (B, G, W)
-        ahead = max(1, HOISTED_ROWS // max(1, batch * contexts))  # steps per product
-        for first in range(0, steps, ahead):
+        ahead = max(1, HOISTED_ROWS // hidden[..., 0].numel())  # steps in one product
+        for first in range(0, len(time), ahead):
             y = time[first : first + ahead, None, None] + condition  # (ahead, B, G, W)
-            modulations = [m.unbind(0) for m in self.modulations(y)]
-            for (_, a, b), *now in zip(path[first : first + ahead], *modulations, strict=True):
-                output = self.denoise(x[:, None], now)  # (B, G, C)
-                x = a * x + b * (weights * output).sum(1)
+            parts = [zip(*(m.unbind(0) for m in part), strict=True) for part in self.modulations(y)]
+            now = coefficients[first : first + ahead].unbind(0)
+            for pair, *modulations in zip(now, *parts, strict=True):
+                x = self.step(x, weights, pair, modulations)
         return x / self.latent_scale
 
 
@@ -541,18 +562,63 @@ HOISTED_ROWS = 4096  # rows of modulations held at once, 11 W numbers each: boun
 
 class RegressionHead(nn.Module):
     """Appendix C's ablation: predicts a latent by squared error, so it can only give the mean."""
-
-    def __init__(self, config: OrthusConfig):
+    def __init__(self, config: OrthusConfig, model: "Orthus | None" = None):
         super().__init__()
         d, w, c = config.hidden_size, config.head_width, config.latent_channels
         self.latent_scale = config.latent_scale
-        self.mlp = nn.Sequential(
-            nn.Linear(d, w), nn.SiLU(), nn.Linear(w, w), nn.SiLU(), nn.Linear(w, c)
-        )
+        layers = nn.Linear(d, w), nn.SiLU(), nn.Linear(w, w), nn.SiLU(), nn.Linear(w, c)
+        self.mlp = nn.Sequential(*layers)
+
+    def init_weights(self) -> None:
+        """Xavier uniform, biases zero."""
+        for p in self.parameters():
+            nn.init.zeros_(p) if p.ndim == 1 else nn.init.xavier_uniform_(p)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(.., D) -> latents (.., C) in scaled units."""
         return self.mlp(hidden.to(self.mlp[0].weight.dtype)).float()
+
+    def loss(self, hidden: Tensor, latents: Tensor, generator=None) -> Tensor:
+        return F.mse_loss(self(hidden), latents.float() * self.latent_scale)
+
+    def prepare(self, steps: int) -> None: ...
+
+    @torch.no_grad()
+    def sample(self, hidden, weights=(1.0,), steps=100, noise=None, generator=None, prepared=None):
+        """The guided predictions: no steps, no noise."""
+        return guide(self(hidden), weights) / self.latent_scale
+
+
+class TokenHead(nn.Module):
+    """Chameleon's way: the LM head says which of the K codes is next. It has no own weights."""
+    def __init__(self, config: OrthusConfig, model: "Orthus"):
+        super().__init__()
+        self.model = (model,)  # in a tuple, so that it is not registered here
+        self.codes = slice(config.image_code_start, config.image_code_start + config.num_codes)
+
+    def init_weights(self) -> None: ...
+
+    def prepare(self, steps: int) -> None: ...
+
+    def loss(self, hidden: Tensor, latents: Tensor, generator=None) -> Tensor:
+        """Cross-entropy of the nearest codes' tokens over the whole vocabulary."""
+        (model,) = self.model
+        tokens = model.vision_embedding.codes(latents) + self.codes.start
+        return F.cross_entropy(model.lm_head(hidden).float(), tokens)
+
+    @torch.no_grad()
+    def sample(self, hidden, weights=(1.0,), steps=100, noise=None, generator=None, prepared=None):
+        """A code drawn from the guided distribution over the K image tokens alone: the first channel
+        of the noise becomes the uniform number that picks it."""
+        (model,) = self.model
+        logits = F.linear(hidden, model.lm_head.weight[self.codes])  # (B, G, K)
+        cumulative = guide(logits, weights).softmax(-1).cumsum(-1)  # (B, K)
+        noise = randn((len(hidden), 1), hidden, generator) if noise is None else noise
+        codes = torch.searchsorted(cumulative, torch.special.ndtr(noise[:, :1].float()))[:, 0]
+        return model.vision_embedding.codebook(codes.clamp(max=cumulative.shape[1] - 1)).float()
+
+
+HEADS = {"diffusion": DiffusionHead, "mse": RegressionHead, "tokens": TokenHead}
 
 
 # --- The model -----------------------------------------------------------------------------------
@@ -560,7 +626,7 @@ class RegressionHead(nn.Module):
 
 @dataclass
 class OrthusLoss:
-    """total = text + lambda image; a part without targets is zero."""
+    """total = text + lambda image: the paper's L. A part without targets is zero."""
 
     total: Tensor
     text: Tensor
@@ -576,32 +642,19 @@ class Orthus(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.image_head == "diffusion":
-            self.diffusion_head = DiffusionHead(config)
-        elif config.image_head == "mse":
-            self.regression_head = RegressionHead(config)
+        self.image_head = HEADS[config.image_head](config, self)
         self.init_weights()
 
-    @torch.no_grad()
-    def init_weights(self, part: str = "") -> None:
-        """Every initial value in one place; `part` limits it to names that begin so.
-
-        transformer matrices, embeddings, LM head    N(0, 0.02); those that write into the residual
-                                                     stream N(0, 0.02 / sqrt(2 layers))
-        image head's matrices                        Xavier uniform, biases zero
-        its time MLP                                 N(0, 0.02)
-        its AdaLN and final linears                  zero: the head's output starts at zero
-        """
+    def init_weights(self) -> None:
+        """N(0, 0.02) for matrices and embeddings, N(0, 0.02 / sqrt(2 layers)) for those that write
+        into the residual stream; norms are the identity; the image head knows its own values."""
         for name, p in self.named_parameters():
-            if not name.startswith(part) or "norm" in name or "in_ln" in name:
-                continue  # norms: ones and zeros from their constructors
-            if name.endswith("bias") or "adaLN" in name or "final_layer.linear" in name:
+            if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif "time_embed" in name or "_head" not in name.replace("lm_head", ""):
+            elif "norm" not in name:  # these are ones from their constructors
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, 0, 0.02 / math.sqrt(2 * len(self.layers)) if residual else 0.02)
-            else:
-                nn.init.xavier_uniform_(p)
+        self.image_head.init_weights()
 
     def embed(self, tokens: Tensor, latents: Tensor) -> Tensor:
         """tokens (B, T), latents (N, C) in reading order over the batch -> (B, T, D)."""
@@ -620,22 +673,26 @@ class Orthus(nn.Module):
         Positions that are not visible are seen by no other and take no position. With a cache, the
         T positions follow those already in it.
         """
-        past, new = (cache.length if cache else 0), x.shape[1]
-        if cache is not None:
-            cache.visible[:, past : past + new] = visible
-            visible = cache.visible[:, : past + new]
-        position = (visible.cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
-        cos, sin = rope(position, self.config.head_dim, self.config.rope_theta)
-        slots = torch.arange(past + new, device=x.device)
-        here = slots[past:, None]  # (T, 1)
+        if cache is None:
+            slots, seen = torch.arange(x.shape[1], device=x.device).expand(len(x), -1), visible
+        else:
+            slots, seen = cache.extend(visible)
+        positions = (seen.cumsum(1) - 1).clamp(min=0).gather(1, slots)  # (B, T)
+        cos, sin = rope(positions, self.config.head_dim, self.config.rope_theta)
+        every, here = torch.arange(seen.shape[1], device=x.device), slots[:, None, :, None]
         # a position always sees itself: a softmax over nothing would be NaN
-        mask = (visible[:, None] & (slots <= here) | (slots == here))[:, None]  # (B, 1, T, S)
-        bias = torch.zeros(mask.shape, device=x.device).masked_fill(~mask, -math.inf)
+        mask = (seen[:, None, None] & (every <= here)) | (every == here)  # (B, 1, T, slots)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        bias = torch.zeros(mask.shape, device=x.device, dtype=dtype).masked_fill(~mask, -math.inf)
         for layer in self.layers:
-            x = layer(x, cos, sin, bias, cache)
-        if cache is not None:
-            cache.length += new
+            x = layer(x, cos, sin, bias, slots, cache)
         return self.norm(x)
+
+    def step(self, x: Tensor, cache: KVCache) -> Tensor:
+        """One more position for every row of a cache: embeddings (B, D) -> hidden (B, D)."""
+        visible = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
+        return self.transformer(x[:, None], visible, cache)[:, 0]
 
     def forward(self, tokens: Tensor, latents: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T), latents (N, C) -> hidden (B, T, D) after the final norm.
@@ -645,86 +702,41 @@ class Orthus(nn.Module):
         """
         return self.transformer(self.embed(tokens, latents), tokens != self.config.pad_id, cache)
 
-    def image_logits(self, hidden: Tensor) -> Tensor:
-        """hidden (.., D) -> logits of the K image codes alone (.., K)."""
-        start = self.config.image_code_start
-        return F.linear(hidden, self.lm_head.weight[start : start + self.config.num_codes]).float()
-
-    def image_loss(self, hidden: Tensor, latents: Tensor, generator: Generator | None) -> Tensor:
-        """hidden (N, D) before each latent (N, C) -> L_diff, or an ablation's loss in its place."""
-        if self.config.image_head == "diffusion":
-            return self.diffusion_head.loss(hidden, latents, generator=generator)
-        if self.config.image_head == "mse":
-            target = latents.float() * self.regression_head.latent_scale
-            return F.mse_loss(self.regression_head(hidden), target)
-        start = self.config.image_code_start
-        codes = self.vision_embedding.codes(latents)
-        return F.cross_entropy(self.lm_head(hidden).float(), codes + start)
-
-    def loss(
-        self,
-        tokens: Tensor,
-        latents: Tensor,
-        labels: Tensor,
-        generator: Generator | None = None,
-        input_noise: float = 0.0,
-    ) -> OrthusLoss:
+    def loss(self, tokens: Tensor, latents: Tensor, labels: Tensor,
+             generator: Generator | None = None, targets: Tensor | None = None,
+             shares: tuple[float, float] = (1.0, 1.0)) -> OrthusLoss:
         """L = L_ar + lambda L_diff, stage 2's objective.
 
         labels (B, T) are unshifted: -100 is ignored, image_id stands at the placeholders of output
-        images, whose latents alone enter the image loss, any other id is a text target.
-        input_noise, in standard deviations of the latents, is added to output images where they are
-        read back, not where they are predicted: when it samples, the model reads its own drawing,
-        which is never exact.
+        images, whose latents alone enter the image loss, any other id is a text target. targets
+        (N, C) are the latents to predict where those that are read differ from them. shares: of a
+        whole step's text and image targets, how much this part of it holds, so that the totals of
+        its parts add up to the step's L.
         """
-        labels, is_image = labels[:, 1:], (tokens == self.config.image_id)
+        targets = latents if targets is None else targets
+        hidden = self(tokens, latents)[:, :-1]  # (B, T-1, D): each predicts what comes next
+        labels = labels[:, 1:]
         is_output = labels == self.config.image_id
-        wanted = F.pad(is_output, (1, 0))[is_image]  # (N,): which latents are targets
-        read = latents
-        if input_noise > 0:
-            noise = input_noise * latents.std() * randn(latents.shape, latents, generator)
-            read = latents + noise * wanted[:, None]
-        hidden = self(tokens, read)[:, :-1]  # (B, T-1, D): each predicts what comes next
         is_text = (labels != -100) & ~is_output
         text = image = hidden.new_zeros((), dtype=torch.float32)
         if is_text.any():
-            text = F.cross_entropy(self.lm_head(hidden[is_text]).float(), labels[is_text])
+            logits = self.lm_head(hidden[is_text]).float()
+            text = shares[0] * F.cross_entropy(logits, labels[is_text])
         if is_output.any():
-            image = self.image_loss(hidden[is_output], latents[wanted], generator)
+            wanted = F.pad(is_output, (1, 0))[tokens == self.config.image_id]  # (N,)
+            image = self.image_head.loss(hidden[is_output], targets[wanted], generator=generator)
+            image = shares[1] * image
         return OrthusLoss(text + self.config.image_loss_weight * image, text, image)
-
-    @torch.no_grad()
-    def sample_latents(
-        self, hidden: Tensor, weights: tuple[float, ...], steps: int, noise: Tensor
-    ) -> Tensor:
-        """Next latents (B, C) from hidden (B, G, D), guided as in DiffusionHead.sample.
-
-        All randomness comes from noise (B, C): the regression head needs none, the token head
-        turns its first channel into the uniform number that picks a code.
-        """
-        if self.config.image_head == "diffusion":
-            return self.diffusion_head.sample(hidden, weights, steps, noise)
-        weights = guidance(weights, hidden)  # (G, 1)
-        if self.config.image_head == "mse":
-            output = (weights * self.regression_head(hidden)).sum(1)
-            return output / self.regression_head.latent_scale
-        probabilities = (weights * self.image_logits(hidden)).sum(1).softmax(-1)  # (B, K)
-        uniform = torch.special.ndtr(noise[:, :1].float())
-        codes = torch.searchsorted(probabilities.cumsum(-1), uniform)[:, 0]
-        codes = codes.clamp(max=self.config.num_codes - 1)
-        return self.vision_embedding.codebook(codes).float()
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device="cpu", dtype=None) -> "Orthus":
         """Read the model of a checkpoint in any layout. dtype None keeps the stored one."""
-        config, tensors = checkpoint.read_model(directory)
-        with torch.device("meta"):
-            model = cls(checkpoint.build(OrthusConfig, config, directory))
-        checkpoint.assign(model, tensors, directory, device, dtype)
-        return model
+        source = checkpoint.open_checkpoint(directory)
+        config = checkpoint.build(OrthusConfig, source.section("model"), source)
+        layers = config.num_hidden_layers + config.head_blocks
+        return checkpoint.load(lambda: cls(config), layers, source, "model", device, dtype)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config and weights into a checkpoint directory; its other parts are kept."""
-        checkpoint.write(
-            directory, {"model": dataclasses.asdict(self.config)}, model=self.state_dict()
-        )
+        config = {"model": dataclasses.asdict(self.config)}
+        checkpoint.write(directory, config, model=self.state_dict())

@@ -35,7 +35,7 @@ class VQVAEConfig:
     groups: int = 32  # of every GroupNorm
 
     def __post_init__(self):
-        self.channel_multiplier = tuple(self.channel_multiplier)
+        checkpoint.check_fields(self)
         if self.resolution % self.downsampling:
             raise ValueError(
                 f"resolution {self.resolution} is not a multiple of {self.downsampling}, which "
@@ -64,18 +64,16 @@ class VQVAEConfig:
         return cls(**PRESETS[name])
 
 
-PRESETS = {
-    "chameleon": {},
-    "tiny": dict(
-        resolution=64,
-        base_channels=32,
-        channel_multiplier=(1, 1, 2, 3, 3),
-        num_res_blocks=1,
-        latent_channels=32,
-        num_codes=2048,
-        groups=1,  # twice as fast in training on a CPU as 8 or 32
-    ),
-}
+TINY = dict(
+    resolution=64, base_channels=32, channel_multiplier=(1, 1, 2, 3, 3), num_res_blocks=1,
+    latent_channels=32, num_codes=2048,
+    groups=1,  # twice as fast in training on a CPU as 8 or 32
+)
+NANO = TINY | dict(
+    resolution=32, base_channels=16, channel_multiplier=(1, 2, 3, 3), latent_channels=16,
+    num_codes=512,
+)
+PRESETS = {"7b": {}, "tiny": TINY, "nano": NANO}
 
 
 # --- Blocks --------------------------------------------------------------------------------------
@@ -274,8 +272,7 @@ class VQVAE(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | Path, device="cpu", dtype=None) -> "VQVAE":
         """Read the autoencoder of a checkpoint in any layout. dtype None keeps the stored one."""
-        config, tensors = checkpoint.read_vae(directory)
-        with torch.device("meta"):
-            vae = cls(checkpoint.build(VQVAEConfig, config, directory))
-        checkpoint.assign(vae, tensors, directory, device, dtype)
-        return vae
+        source = checkpoint.open_checkpoint(directory)
+        config = checkpoint.build(VQVAEConfig, source.section("vae"), source)
+        layers = len(config.channel_multiplier) * config.num_res_blocks
+        return checkpoint.load(lambda: cls(config), layers, source, "vae", device, dtype)
