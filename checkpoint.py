@@ -59,6 +59,8 @@ def problem(value, hint, low: float | None, high: float | None) -> str:
         items = value.values() if isinstance(value, dict) else value
         of = next((hint for hint in reversed(inner) if hint is not Ellipsis), object)
         return next((p for v in items if (p := problem(v, of, low, high))), "")
+    if kind is str and isinstance(value, str) and not value.isprintable():
+        return "want text" if any("\ud800" <= letter <= "\udfff" for letter in value) else ""
     if kind not in (int, float):
         return "" if isinstance(value, kind) else f"want {kind.__name__}"
     low = (1 if kind is int else math.ulp(0.0)) if low is None else low
@@ -223,8 +225,12 @@ def load(make: Callable[[], nn.Module], layers: int, source: Checkpoint, name: s
     tensors = source.tensors(name)
     if layers > len(tensors):  # before they are built
         raise ValueError(f"{source} asks for {layers} layers, but holds {len(tensors)} tensors")
-    with torch.device("meta"), Blank():
-        module = make()
+    try:
+        with torch.device("meta"), Blank():
+            module = make()
+    except RuntimeError as error:  # its sizes overflow
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{source} asks for a {name} that nothing can hold ({reason})") from None
     assign(module, tensors, source, device, dtype)
     return module
 
@@ -263,7 +269,7 @@ def assign(module: nn.Module, tensors: Tensors, source, device="cpu", dtype=None
 def whole_file(path: Path, keep: bool = False) -> Iterator:
     """A binary file that appears at `path` when it is whole: until then it is `path`.part.
 
-    Links at either place are replaced, not followed. keep: an interrupted file is kept too. Raises
+    Links at either place are replaced, not followed. keep: an interrupted file stays there. Raises
     OSError with the file's name, also where the disk is full.
     """
     part = path.with_name(path.name + ".part")
@@ -283,9 +289,9 @@ def whole_file(path: Path, keep: bool = False) -> Iterator:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise OSError(f"{path} cannot be written ({reason})") from None
     finally:
-        if done or keep:
+        if done:
             os.replace(part, path)
-        else:
+        elif not keep:
             part.unlink(missing_ok=True)
 
 

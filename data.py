@@ -149,7 +149,9 @@ class Tokenizer:
         path, ids = source.tokenizer, {v for k, v in vars(config).items() if k.endswith("_id")}
         codes = range(config.image_code_start, config.image_code_start + config.num_codes)
         try:
-            own = cls(path.read_bytes(), config.image_id + 1, config.unk_id, ids | {*codes})
+            if not (content := path.read_bytes()):  # sentencepiece would take it
+                raise ValueError("it is empty")
+            own = cls(content, config.image_id + 1, config.unk_id, ids | {*codes})
             size = own.pieces.get_vocab_size() if own.is_json else len(own.pieces)
         except Exception as error:  # tokenizers raises nothing more special
             reason = str(error).split("\n")[0]
@@ -210,8 +212,8 @@ def open_image(path: str | Path) -> Image.Image:
     if not Path(path).is_file():  # a pipe or a device would be waited for
         raise ValueError(f"image {path} is not a file; give a PNG or JPEG")
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # the size is checked here
+        # the size is checked here
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, too many")
             if image.mode in ("I", "F"):

@@ -466,6 +466,7 @@ class DiffusionHead(nn.Module):
         self.latent_scale, self.multiplier = config.latent_scale, config.diffusion_batch_multiplier
         schedule = config.beta_schedule, config.zero_terminal_snr, config.prediction
         self.schedule = NoiseSchedule(*schedule)
+        self.levels = (0, 1000)  # of the timesteps that a loss draws
         self.time_embed = TimeEmbedding(w)
         self.cond_embed = nn.Linear(config.hidden_size, w)
         self.input_proj = nn.Linear(c, w)
@@ -515,7 +516,7 @@ class DiffusionHead(nn.Module):
             noise = randn(clean.shape, clean, generator)
         if t is None:
             device = generator.device if generator is not None else clean.device
-            t = torch.randint(1000, clean.shape[:1], generator=generator, device=device)
+            t = torch.randint(*self.levels, clean.shape[:1], generator=generator, device=device)
         t = t.to(clean.device)
         output = self(self.schedule.add_noise(clean, noise, t), t, hidden)
         return F.mse_loss(output, self.schedule.target(clean, noise, t))

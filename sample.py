@@ -16,6 +16,7 @@ modes. Reading order: requests and answers, guidance, the two loops, generate, t
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -131,7 +132,7 @@ class Generation:
     cfg_image: float | None = within(None, 0, 100)  # None: as cfg_scale
     unconditional: str = "Generate an image."  # the prompt that guidance steers away from
     image_first: bool = False  # an answer begins with an image where the prompt holds none
-    # other values of steps, cfg_scale, cfg_image, unconditional where text and images alternate
+    # other values of cfg_scale, cfg_image, unconditional where text and images alternate
     interleaved: dict = field(default_factory=dict)
     max_tokens: int = within(128, 1, 10**6)
     scale: int = within(1, 1, 64)  # enlarges pictures that are written
@@ -140,6 +141,9 @@ class Generation:
 
     def __post_init__(self):
         checkpoint.check_fields(self)
+        if self.interleaved:  # its values have the same ranges
+            values = asdict(self) | self.interleaved | {"interleaved": {}}
+            checkpoint.build(Generation, values, "interleaved")
 
 
 @dataclass
@@ -160,7 +164,7 @@ def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None,
     step and the head's step go through torch.compile.
     """
     source = checkpoint.open_checkpoint(directory)
-    other = checkpoint.open_checkpoint(vae) if vae else source
+    other = source if vae is None else checkpoint.open_checkpoint(vae)
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     autoencoder = VQVAE.from_pretrained(other, device, torch.float32).eval()
@@ -173,11 +177,24 @@ def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None,
                              f"autoencoder of {vae or directory}; give --vae with its own one")
     defaults = checkpoint.build(Generation, source.section("generation"), source)
     if compile:
-        mode = "reduce-overhead" if torch.device(device).type == "cuda" else None
-        model.step = torch.compile(model.step, mode=mode)
-        if hasattr(model.image_head, "step"):
-            model.image_head.step = torch.compile(model.image_head.step, mode=mode)
+        compile_steps(model)
     return Pipeline(model, autoencoder, tokenizer, defaults)
+
+
+def compile_steps(model: Orthus) -> None:
+    """Put the transformer's step and the head's through torch.compile; where that is impossible
+    (no C++ compiler), one line says so and they stay as they are."""
+    device = model.norm.weight.device
+    try:  # on something small
+        torch.compile(lambda x: 2 * x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # compilers fail in many ways
+        reason = str(error).strip().split("\n")[0]
+        print(f"warning: nothing is compiled ({reason}); going on without", file=sys.stderr)
+        return
+    for part in (model, model.image_head):
+        if hasattr(part, "step"):
+            mode = "reduce-overhead" if device.type == "cuda" else None
+            part.step = torch.compile(part.step, mode=mode)
 
 
 # --- Guidance ------------------------------------------------------------------------------------
@@ -493,7 +510,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # raises on what is not there, or holds no numbers
         return device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise ValueError(f"device {name!r} is not to be had here; try --device cpu") from None
 
 
@@ -557,7 +574,7 @@ class Writer:
         self.output, self.film = Path(args.output), args.film
         self.scale = args.scale or pipeline.defaults.scale
         self.live, self.line, self.notes = len(requests) == 1 or args.batch_size == 1, "", []
-        self.inputs = {s.content.resolve() for _, request in requests for s in request.images}
+        self.inputs = {os.path.realpath(s.content) for _, r in requests for s in r.images}
         self.answers = [Answer() for _ in requests]
         self.names: list[list[str]] = [[] for _ in requests]  # of the images written
         self.waiting: list[list[Event]] = [[] for _ in requests]
@@ -590,7 +607,7 @@ class Writer:
 
     def save(self, event: Event) -> str:
         """Write an image under the next number that no image of a prompt has, and its film."""
-        while (path := self.output / f"{self.count:04d}.png").resolve() in self.inputs:
+        while os.path.realpath(path := self.output / f"{self.count:04d}.png") in self.inputs:
             self.count += 1
         self.count += 1
         with checkpoint.whole_file(path) as file:
@@ -646,7 +663,7 @@ class Writer:
         if told:
             size = enlarge(self.answers[told[0]].images[0], self.scale).size
             page, picture = self.output / "story.md", self.output / "story.png"
-            while picture.resolve() in self.inputs:
+            while os.path.realpath(picture) in self.inputs:
                 picture = picture.with_stem(picture.stem + "_")
             with checkpoint.whole_file(page) as file:
                 file.write("\n\n".join([*lines, ""]).encode())
@@ -718,7 +735,8 @@ def run(args: argparse.Namespace) -> None:
     device, output = pick_device(args.device), Path(args.output)
     if not args.output or (output.exists() and not output.is_dir()):
         raise ValueError(f"--output is {args.output!r}, not a directory; give one")
-    if args.requests and (output / "results.jsonl").resolve() == Path(args.requests).resolve():
+    results = output / "results.jsonl"
+    if args.requests and os.path.realpath(results) == os.path.realpath(args.requests):
         raise ValueError(f"the answers would overwrite {args.requests}; give another --output")
     if args.requests:
         requests = read_requests(args.requests, args.seed)
@@ -731,18 +749,17 @@ def run(args: argparse.Namespace) -> None:
     Options(**options)  # may raise, before anything is loaded
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pipeline = load(args.checkpoint, device, dtype, args.vae, args.compile)
-    warn_unknown_words([text for text, _ in requests], pipeline.defaults.words)
     rows = [start_row(pipeline, r, Options(**options), None) for _, r in requests]
+    warn_unknown_words([text for text, _ in requests], pipeline.defaults.words)
     if args.min_images or args.max_images:
         print(budget_line(pipeline, rows, args.max_images))
     output.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(checkpoint.lock(output))
-        results = None
+        file = None
         if args.requests:
-            file = checkpoint.whole_file(output / "results.jsonl", keep=True)
-            results = stack.enter_context(file)
-        writer = Writer(pipeline, requests, args, results)
+            file = stack.enter_context(checkpoint.whole_file(results, keep=True))
+        writer = Writer(pipeline, requests, args, file)
         try:
             wanted = [request for _, request in requests]
             generate(pipeline, wanted, args.batch_size, watch=writer.take, **options)
@@ -750,7 +767,7 @@ def run(args: argparse.Namespace) -> None:
             writer.finish()
     if args.requests:
         images = sum(map(len, writer.names))
-        print(f"{output / 'results.jsonl'}: {len(requests)} answers, {images} images")
+        print(f"{results}: {len(requests)} answers, {images} images")
     print(f"{time.time() - started:.1f} seconds")
 
 

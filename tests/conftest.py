@@ -5,8 +5,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -25,6 +27,11 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def close(got: Tensor, wanted: Tensor, atol: float = 1e-5, rtol: float = 0.0) -> None:
     torch.testing.assert_close(got, wanted, atol=atol, rtol=rtol, check_dtype=False)
+
+
+def grey_levels(a: Image.Image, b: Image.Image) -> int:
+    """The largest difference between two pictures of one size."""
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()
 
 
 @torch.no_grad()

@@ -175,7 +175,7 @@ def test_encode_does_not_quantise(vae):
 
 
 def test_chameleon_preset_is_the_released_autoencoder():
-    config = VQVAEConfig.preset("chameleon")
+    config = VQVAEConfig.preset("7b")
     with torch.device("meta"):
         vae = VQVAE(config)
     assert (config.downsampling, config.latents_per_image) == (16, 1024)
@@ -184,9 +184,9 @@ def test_chameleon_preset_is_the_released_autoencoder():
     assert vae.quantize.embedding.weight.shape == (8192, 256)
 
 
-@pytest.mark.parametrize("ours, model", [("chameleon", "7b"), ("tiny", "tiny")])
-def test_autoencoder_and_transformer_presets_fit_each_other(ours, model):
-    vae, orthus = VQVAEConfig.preset(ours), OrthusConfig.preset(model)
+@pytest.mark.parametrize("name", ["7b", "tiny", "nano"])
+def test_autoencoder_and_transformer_presets_fit_each_other(name):
+    vae, orthus = VQVAEConfig.preset(name), OrthusConfig.preset(name)
     for name in ("latent_channels", "num_codes", "latents_per_image"):
         assert getattr(vae, name) == getattr(orthus, name)
 
@@ -211,6 +211,7 @@ def test_upsampling_repeats_pixels_then_convolves():
 
 def test_wrong_sizes_raise_with_the_values():
     assert "36" in complaint(lambda: small_config(resolution=36))
+    assert "channel_multiplier is ()" in complaint(lambda: small_config(channel_multiplier=()))
     assert "8 channels" in complaint(lambda: small_config(groups=3))
     assert "'huge'" in complaint(lambda: VQVAEConfig.preset("huge"))
 
@@ -250,6 +251,24 @@ def test_a_checkpoint_without_decoder_names_what_is_missing(saved):
     assert "missing decoder.conv_in.weight [8, 8, 3, 3]" in complaint(
         lambda: VQVAE.from_pretrained(saved)
     )
+
+
+@pytest.mark.parametrize("value, wanted", [(float("nan"), "not finite"), (1, "int64")])
+def test_weights_that_are_no_finite_numbers_are_refused(saved, value, wanted):
+    path = saved / checkpoint.VAE
+    tensors = load_file(path)
+    tensors["quant_conv.bias"] = torch.full((8,), value)
+    save_file(tensors, path)
+    message = complaint(lambda: VQVAE.from_pretrained(saved))
+    assert "quant_conv.bias" in message and wanted in message
+
+
+def test_a_config_that_asks_for_more_levels_than_there_are_tensors_is_refused_at_once(saved):
+    sizes = {"resolution": 2**24, "channel_multiplier": [1] * 20, "num_res_blocks": 10**6}
+    config = checkpoint.read_json(saved / checkpoint.CONFIG)
+    config["vae"] |= sizes
+    checkpoint.write_json(saved / checkpoint.CONFIG, config)
+    assert "20000000 layers" in complaint(lambda: VQVAE.from_pretrained(saved))
 
 
 def test_a_cut_off_file_raises_with_its_path(saved):
