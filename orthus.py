@@ -81,24 +81,25 @@ class OrthusConfig:
     def __post_init__(self):
         checkpoint.check_fields(self)
         heads, groups = self.num_attention_heads, self.num_key_value_heads
-        ids = {name: value for name, value in vars(self).items() if name.endswith("_id")}
+        ids = [value for name, value in vars(self).items() if name.endswith("_id")]
         codes = range(self.image_code_start, self.image_code_start + self.num_codes)
-        wrong = {
-            f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}, with"
-            " an even width for each": self.hidden_size % (2 * heads),
-            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}":
-                heads % groups,
-            f"tau is {self.tau}; softmax needs tau > 0, its limit is vision_embedding 'argmin'":
-                self.vision_embedding == "softmax" and self.tau == 0,
-            "image_head 'tokens' needs a codebook; vision_embedding 'linear' has none":
-                self.image_head == "tokens" and self.vision_embedding == "linear",
-            f"token ids {ids} are not distinct, or among the image codes {codes}":
-                len(set(ids.values())) < len(ids) or any(i in codes for i in ids.values()),
-            f"vocab_size {self.vocab_size} does not hold token ids {ids} and image codes {codes}":
-                max(*ids.values(), codes.stop - 1) >= self.vocab_size,
-        }
-        if problems := [problem for problem, is_wrong in wrong.items() if is_wrong]:
-            raise ValueError("; ".join(problems))
+        softmax, tokens = self.vision_embedding == "softmax", self.image_head == "tokens"
+        for is_wrong, problem in (
+            (self.hidden_size % (2 * heads), f"hidden_size {self.hidden_size} does not make "
+             f"num_attention_heads {heads} of an even width"),
+            (heads % groups, f"num_attention_heads {heads} is not a multiple of "
+             f"num_key_value_heads {groups}"),
+            (softmax and self.tau == 0, "tau is 0.0; softmax needs tau > 0, its limit is "
+             "vision_embedding 'argmin'"),
+            (tokens and self.vision_embedding == "linear", "image_head 'tokens' needs a codebook; "
+             "vision_embedding 'linear' has none"),
+            (len({*ids, *codes}) < len(ids) + len(codes), f"token ids {ids} are not distinct, or "
+             f"among the image codes {codes}"),
+            (max(*ids, codes.stop - 1) >= self.vocab_size, f"vocab_size {self.vocab_size} does not "
+             f"hold token ids {ids} and image codes {codes}"),
+        ):
+            if is_wrong:
+                raise ValueError(problem)
         NoiseSchedule(self.beta_schedule, self.zero_terminal_snr, self.prediction)  # may raise
 
     @property
@@ -212,10 +213,8 @@ class Attention(nn.Module):
         super().__init__()
         d, width, self.layer = config.hidden_size, config.head_dim, layer
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(d, heads * width, bias=False)
-        self.k_proj = nn.Linear(d, kv_heads * width, bias=False)
-        self.v_proj = nn.Linear(d, kv_heads * width, bias=False)
-        self.o_proj = nn.Linear(heads * width, d, bias=False)
+        self.q_proj, self.o_proj = (nn.Linear(d, d, bias=False) for _ in range(2))
+        self.k_proj, self.v_proj = (nn.Linear(d, kv_heads * width, bias=False) for _ in range(2))
         self.q_norm = HeadNorm(heads, width)
         self.k_norm = HeadNorm(kv_heads, width)
 
@@ -544,8 +543,9 @@ class DiffusionHead(nn.Module):
         are computed ahead of the loop, many steps in one product. `prepared` is what prepare(steps)
         gave.
         """
-        x = randn((len(hidden), self.input_proj.in_features), hidden, generator)
-        x = x if noise is None else noise.float()
+        if noise is None:
+            noise = randn((len(hidden), self.input_proj.in_features), hidden, generator)
+        x = noise.float()
         time, coefficients = prepared or self.prepare(steps)
         condition = self.cond_embed(hidden.to(time.dtype))  # (B, G, W)
         ahead = max(1, HOISTED_ROWS // hidden[..., 0].numel())  # steps in one product
