@@ -1,7 +1,7 @@
-"""Evaluation: how good a model of the Shapes world is.
+"""Evaluation: how good a model of a Shapes world is.
 
-    python evaluate.py shapes       every task on held-out examples: text-to-image by GenEval's six
-                                    categories, understanding by kind of question, differences,
+    python evaluate.py shapes       every task of its world on held-out examples: text-to-image by
+                                    kind of caption, understanding by kind of question, differences,
                                     editing, in-context editing, stories, and the autoencoder that
                                     bounds all
     python evaluate.py speed        every fast path beside its slow reference, as ratios
@@ -13,11 +13,12 @@ Reading order: detector, judges, autoencoder, the tasks, report, speed, command 
 
 import argparse
 import functools
-import json
 import math
 import random
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,17 +28,20 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-import data
-from data import Example, Thing
-from orthus import DiffusionHead, KVCache
-from sample import Answer, Parser, Pipeline, Request, generate, load, number, pick_device, sheet
+import checkpoint
+import shapes
+from data import Segment, sheet, to_image, to_tensor
+from orthus import DiffusionHead, KVCache, Orthus, OrthusConfig
+from sample import Answer, Pipeline, Request, generate, load, pick_device
+from shapes import Example, Shapes, ShapesConfig, Thing
 from vae import VQVAE
 
 # --- The detector --------------------------------------------------------------------------------
 
-PALETTE = np.array(list(data.COLOURS.values()), float) - data.BACKGROUND  # (colours, 3)
+PALETTE = np.array(list(shapes.COLOURS.values()), float) - shapes.BACKGROUND  # (colours, 3)
 LENGTHS = np.linalg.norm(PALETTE, axis=1)
 SPECK = 20  # pixels; the smallest object has 67
 GRID, SPAN = 32, 1.1  # a patch: GRID x GRID samples of what lies within SPAN sqrt(area) of a centre
@@ -82,10 +86,10 @@ def patch(coverage: np.ndarray) -> tuple[np.ndarray, float, float, float]:
 def templates() -> tuple[np.ndarray, list[str], list[float]]:
     """Every shape, turned and sized: patches (n, GRID * GRID), names, and area at r = 1."""
     patches, names, areas = [], [], []
-    for shape in data.SHAPES:
+    for shape in shapes.SHAPES:
         for angle in np.linspace(-0.25, 0.25, 1 if shape == "circle" else 9):
             for r in (6, 8, 11):  # small ones are blurred by their pixels
-                drawn = data.render([Thing(shape, "", 32, 32, r, angle)]).convert("L")
+                drawn = shapes.render([Thing(shape, "", 32, 32, r, angle)]).convert("L")
                 samples, _, _, area = patch(1 - np.asarray(drawn) / np.max(drawn))
                 patches.append(samples)
                 names.append(shape)
@@ -93,18 +97,23 @@ def templates() -> tuple[np.ndarray, list[str], list[float]]:
     return np.stack(patches), names, areas
 
 
-def detect(image: Image.Image | np.ndarray) -> list[Thing]:
-    """Read a picture (64, 64, 3) of 8-bit RGB: shape, colour, x, y, r of every object in it.
+def full_size(image: Image.Image) -> Image.Image:
+    """A picture of the Shapes world in its own size, whatever a model's is."""
+    return image.resize((shapes.CANVAS, shapes.CANVAS), Image.Resampling.BICUBIC)
+
+
+def detect(image: Image.Image) -> list[Thing]:
+    """Read a picture, brought to 64 x 64: shape, colour, x, y, r of every object in it.
 
     A pixel is a mixture of the background and a colour: the palette's direction nearest to its
     own says which colour, and how far it goes that way is the object's share of the pixel. White
     digits look like background and are filled. What is like none of the shapes is a "blob".
     """
-    pixels = np.asarray(image, float) - data.BACKGROUND
+    pixels = np.asarray(full_size(image), float) - shapes.BACKGROUND
     along = pixels @ (PALETTE / LENGTHS[:, None]).T  # (H, W, colours)
     colour = along.argmax(-1)
     coverage = (along.max(-1) / LENGTHS[colour]).clip(0, 1)
-    border = np.pad(np.zeros((data.CANVAS - 2,) * 2, bool), 1, constant_values=True)
+    border = np.pad(np.zeros((shapes.CANVAS - 2,) * 2, bool), 1, constant_values=True)
     todo = ~flood(border, coverage < 0.5)  # what the outside does not reach
     found = []
     while todo.any():
@@ -115,7 +124,7 @@ def detect(image: Image.Image | np.ndarray) -> list[Thing]:
         if blob.sum() >= SPECK:
             inside, around = ~dilate(~blob), dilate(blob)
             votes = np.bincount(colour[blob], coverage[blob], len(PALETTE))
-            name = list(data.COLOURS)[votes.argmax()]
+            name = list(shapes.COLOURS)[votes.argmax()]
             found.append(recognise(np.where(inside, 1, coverage * around), name))
     return found
 
@@ -164,10 +173,10 @@ def stands_as_said(caption: str, seen: list[Thing]) -> bool:
 
     The offset that way may be a little smaller than the other one: on the diagonal both are true.
     """
-    word = next(word for word in data.RELATIONS if f" {word} " in caption)
+    word = next(word for word in shapes.RELATIONS if f" {word} " in caption)
     first = caption.split(f" {word} ")[0].split(" ", 1)[1]
     a, b = sorted(seen, key=lambda t: t.name != first)
-    (x, y), (dx, dy) = data.RELATIONS[word], (a.x - b.x, a.y - b.y)
+    (x, y), (dx, dy) = shapes.RELATIONS[word], (a.x - b.x, a.y - b.y)
     return x * dx + y * dy > 0.8 * abs(y * dx + x * dy)
 
 
@@ -195,11 +204,12 @@ def kept(example: Example, image: Image.Image, seen: list[Thing]) -> float:
         edited = [edited] if edited else []
     else:
         edited = [t for t in example.before if t not in example.things]
-    rows, columns = np.indices((data.CANVAS, data.CANVAS)) + 0.5
-    outside = np.ones((data.CANVAS, data.CANVAS), bool)
+    rows, columns = np.indices((shapes.CANVAS, shapes.CANVAS)) + 0.5
+    outside = np.ones((shapes.CANVAS, shapes.CANVAS), bool)
     for t in edited:
         outside &= np.hypot(columns - t.x, rows - t.y) > t.reach + 2
-    error = np.asarray(image, float) - np.asarray(data.render(example.before), float)
+    truth = np.asarray(shapes.render(example.before), float)
+    error = np.asarray(full_size(image), float) - truth
     return -10 * math.log10(max(1e-6, np.square(error[outside] / 255).mean()))
 
 
@@ -208,9 +218,9 @@ def judge_frame(sentence: str, before: list[Thing], after: list[Thing]) -> bool:
     if sorted(t.name for t in before) != sorted(t.name for t in after):
         return False
     match = re.fullmatch(r"The (\w+ \w+) moves (\w+)\.", sentence.strip())
-    if not match or match[2] not in data.MOVES:
+    if not match or match[2] not in shapes.MOVES:
         return False
-    dx, dy = (data.STRIDE * v for v in data.MOVES[match[2]])
+    dx, dy = (shapes.STRIDE * v for v in shapes.MOVES[match[2]])
     if match[1] not in [t.name for t in before]:
         return False
     moved = [replace(t, x=t.x + dx, y=t.y + dy) if t.name == match[1] else t for t in before]
@@ -244,7 +254,7 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
 def legible(things: list[Thing], image: Image.Image) -> list[bool]:
     """For each digit of a scene whether, of the ten that could stand there, a picture of the scene
     (64, 64) shows the right one best."""
-    pixels, right = np.asarray(image, float), []
+    pixels, right = np.asarray(full_size(image), float), []
     for i, thing in enumerate(things):
         if thing.digit is None:
             continue
@@ -253,22 +263,23 @@ def legible(things: list[Thing], image: Image.Image) -> list[bool]:
         errors = []
         for digit in range(10):
             scene = [*things[:i], replace(thing, digit=digit), *things[i + 1 :]]
-            drawn = np.asarray(data.render(scene), float)
+            drawn = np.asarray(shapes.render(scene), float)
             errors.append(np.square(drawn[box] - pixels[box]).sum())
         right.append(int(np.argmin(errors)) == thing.digit)
     return right
 
 
 @torch.no_grad()
-def autoencoder_report(vae: VQVAE, seed: int, scenes: int) -> dict[str, dict[str, float]]:
+def autoencoder_report(vae: VQVAE, world: ShapesConfig, seed: int, scenes: int) -> dict:
     """PSNR, SSIM, the share of scenes still readable and of digits still legible, after the codes
     and without them."""
     device = next(vae.parameters()).device
     rows = {kind: {name: [] for name in AUTOENCODER} for kind in ("quantised", "continuous")}
     for first in tqdm(range(0, scenes, 50), "autoencoder", unit="batch"):
         batch = range(first, min(first + 50, scenes))
-        worlds = [data.random_scene(random.Random(f"evaluate scene {seed} {i}")) for i in batch]
-        images = [data.to_tensor(data.render(things), data.CANVAS) for things in worlds]
+        make = Shapes(seed, replace(world, digits=min(world.digits, 0.5))).random_scene
+        worlds = [make(random.Random(f"evaluate scene {seed} {i}")) for i in batch]
+        images = [to_tensor(shapes.render(things), vae.config.resolution) for things in worlds]
         images = torch.stack(images).to(device)
         latents = vae.encode(images.to(next(vae.parameters()).dtype))
         for kind, z in ("quantised", vae.lookup(vae.quantize(latents))), ("continuous", latents):
@@ -276,7 +287,7 @@ def autoencoder_report(vae: VQVAE, seed: int, scenes: int) -> dict[str, dict[str
             rows[kind]["psnr"] += psnr((decoded + 1) / 2, (images + 1) / 2).tolist()
             rows[kind]["ssim"] += ssim((decoded + 1) / 2, (images + 1) / 2).tolist()
             for things, tensor in zip(worlds, decoded, strict=True):
-                picture = data.to_image(tensor)
+                picture = to_image(tensor)
                 rows[kind]["readable"].append(reads(things, detect(picture)))
                 rows[kind]["digits"] += legible(things, picture)
     return {
@@ -306,29 +317,40 @@ class Verdict:
     kept: float | None = None  # PSNR of what an edit should not have touched
 
 
-def caption_examples(seed: int, count: int) -> list[tuple[str, Example]]:
-    """(row of the table, example): the six kinds in turn, then as many again of a sixth of them
-    whose caption names a combination that training never shows."""
-    kinds = list(data.GENEVAL)
-    examples = []
-    for i in range(count):
-        rng, kind = random.Random(f"evaluate caption {seed} {i}"), kinds[i % len(kinds)]
-        examples.append((kind, data.text_to_image(rng, kind)))
-    for i in range(math.ceil(count / len(kinds))):
-        rng, kind = random.Random(f"evaluate unseen {seed} {i}"), kinds[2 + i % 4]
-        while not (example := data.text_to_image(rng, kind, allow_unseen=True)).unseen:
+def in_turn(world: Shapes, task: str, seed: int, count: int, name: str) -> list[Example]:
+    """Held-out examples of a task, its kinds in turn."""
+    kinds = [k for k, weight in world.config.kinds(task).items() if weight] or [task]
+    rngs = [random.Random(f"evaluate {name} {seed} {i}") for i in range(count)]
+    return [getattr(world, task)(rng, kinds[i % len(kinds)]) for i, rng in enumerate(rngs)]
+
+
+def caption_examples(config: ShapesConfig, seed: int, count: int) -> list[tuple[str, Example]]:
+    """(row of the table, example): the kinds in turn, then as many again of a sixth of them whose
+    caption names a combination that training never shows."""
+    examples = in_turn(Shapes(0, config), "text_to_image", seed, count, "caption")
+    rows = [(e.kind, e) for e in examples]
+    world, kinds = Shapes(0, config, allow_unseen=True), ("counting", "colours", "position", "binding")
+    kinds = [kind for kind in kinds if config.captions.get(kind)]
+    for i in range(math.ceil(count / 6) if kinds else 0):
+        rng, kind = random.Random(f"evaluate unseen {seed} {i}"), kinds[i % len(kinds)]
+        while not (example := world.text_to_image(rng, kind)).unseen:
             pass
-        examples.append((UNSEEN, example))
-    return examples
+        rows.append((UNSEEN, example))
+    return rows
 
 
-def draw(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
+def ask_model(pipeline: Pipeline, examples: list[Example], task: str, seed: int, **options):
+    """Answers to the examples' prompts, each with a seed of its own (noise is never shared)."""
+    seeds = (random.Random(f"{task} {seed} {i}").getrandbits(62) for i in range(len(examples)))
+    requests = [Request(e.prompt, own) for e, own in zip(examples, seeds, strict=False)]
+    return generate(pipeline, requests, **options)
+
+
+def draw(pipeline: Pipeline, world: ShapesConfig, seed: int, count: int, **options) -> list[Verdict]:
     """Draw held-out captions and judge the pictures."""
-    examples = caption_examples(seed, count)
-    requests = [Request(e.segments[:1], seed + i) for i, (_, e) in enumerate(examples)]
-    verdicts = []
-    answers = generate(pipeline, requests, **options)
-    for (row, example), answer in zip(examples, answers, strict=True):
+    rows, verdicts = caption_examples(world, seed, count), []
+    answers = ask_model(pipeline, [e for _, e in rows], "captions", seed, **options)
+    for (row, example), answer in zip(rows, answers, strict=True):
         image = first_image(answer)
         seen = detect(image)
         right = bool(answer.images) and judge(example, seen)
@@ -339,7 +361,7 @@ def draw(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
 
 def first_image(answer: Answer) -> Image.Image:
     """Black where there is none."""
-    return answer.images[0] if answer.images else Image.new("RGB", (data.CANVAS,) * 2)
+    return answer.images[0] if answer.images else Image.new("RGB", (shapes.CANVAS,) * 2)
 
 
 def saw(seen: list[Thing]) -> str:
@@ -347,38 +369,17 @@ def saw(seen: list[Thing]) -> str:
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:
-    page = Image.new("RGB", ((data.CANVAS + 2) * len(images) - 2, data.CANVAS), "white")
+    page = Image.new("RGB", ((shapes.CANVAS + 2) * len(images) - 2, shapes.CANVAS), "white")
     for i, image in enumerate(images):
-        page.paste(image, (i * (data.CANVAS + 2), 0))
+        page.paste(full_size(image), (i * (shapes.CANVAS + 2), 0))
     return page
 
 
-def ask(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
-    """Ask questions about held-out scenes, their kinds in turn."""
-    examples = []
-    for i in range(count):
-        kind = list(data.QUESTIONS)[i % len(data.QUESTIONS)]
-        rng = random.Random(f"evaluate question {seed} {i}")
-        examples.append(data.understanding(rng, kind=kind))
-    return answer_exactly(pipeline, examples, seed, **options)
-
-
-def compare(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
-    """Ask what changed between two held-out scenes, the kinds of edit in turn."""
-    examples = []
-    for i in range(count):
-        kind = list(data.EDITS)[i % len(data.EDITS)]
-        examples.append(data.difference(random.Random(f"evaluate difference {seed} {i}"), kind))
-    return answer_exactly(pipeline, examples, seed, **options)
-
-
-def answer_exactly(
-    pipeline: Pipeline, examples: list[Example], seed: int, **options
-) -> list[Verdict]:
+def answer_exactly(pipeline: Pipeline, examples: list[Example], task: str, seed: int,
+                   **options) -> list[Verdict]:
     """Verdicts on answers in words: right if they are the expected ones to the letter."""
-    requests = [Request(e.segments[:-1], seed + i) for i, e in enumerate(examples)]
     verdicts = []
-    answers = generate(pipeline, requests, **options)
+    answers = ask_model(pipeline, examples, task, seed, **options)
     for example, answer in zip(examples, answers, strict=True):
         *images, question, expected = (s.content for s in example.segments)
         said = answer.text.strip()
@@ -388,22 +389,17 @@ def answer_exactly(
     return verdicts
 
 
-def edit(pipeline: Pipeline, seed: int, count: int, in_context: bool, **options) -> list[Verdict]:
-    """Edit held-out scenes, told in words or by an example pair; the kinds of edit in turn."""
-    name, make = ("in context", data.in_context) if in_context else ("edit", data.editing)
-    examples = []
-    for i in range(count):
-        kind = list(data.EDITS)[i % len(data.EDITS)]
-        examples.append(make(random.Random(f"evaluate {name} {seed} {i}"), kind))
-    requests = [Request(e.segments[:-1], seed + i) for i, e in enumerate(examples)]
+def edit(pipeline: Pipeline, examples: list[Example], task: str, seed: int,
+         **options) -> list[Verdict]:
+    """Edits of held-out scenes, told in words or by an example pair."""
     verdicts = []
-    answers = generate(pipeline, requests, **options)
+    answers = ask_model(pipeline, examples, task, seed, **options)
     for example, answer in zip(examples, answers, strict=True):
         image = first_image(answer)
         seen = detect(image)
         right = bool(answer.images) and judge_edit(example, seen)
         given = [s.content for s in example.segments[:-1]]
-        label = "" if in_context else given.pop()
+        label = given.pop() if isinstance(given[-1], str) else ""
         label += saw(seen) * (not right)
         page = side_by_side([*given, image])
         psnr_elsewhere = kept(example, image, seen) if answer.images else None
@@ -411,13 +407,12 @@ def edit(pipeline: Pipeline, seed: int, count: int, in_context: bool, **options)
     return verdicts
 
 
-def tell(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
+def tell(pipeline: Pipeline, examples: list[Example], task: str, seed: int,
+         **options) -> list[Verdict]:
     """Continue held-out stories: for each frame, whether it is true of its sentence and whether
     the actors are still the same; a frame that is missing is neither, more are not looked at."""
-    examples = [data.story(random.Random(f"evaluate story {seed} {i}")) for i in range(count)]
-    requests = [Request(e.segments[:2], seed + i) for i, e in enumerate(examples)]
     verdicts = []
-    answers = generate(pipeline, requests, **options)
+    answers = ask_model(pipeline, examples, task, seed, **options)
     for example, answer in zip(examples, answers, strict=True):
         before, sentence, frames = example.before, "", []
         for segment in answer.segments:
@@ -426,9 +421,9 @@ def tell(pipeline: Pipeline, seed: int, count: int, **options) -> list[Verdict]:
                 continue
             frames.append((segment.content, sentence, before, detect(segment.content)))
             before, sentence = frames[-1][3], ""
-        blank = Image.new("RGB", (data.CANVAS,) * 2), "", [], []
+        blank = Image.new("RGB", (shapes.CANVAS,) * 2), "", [], []
         actors = sorted(t.name for t in example.before)
-        for frame in range(data.FRAMES - 1):
+        for frame in range(shapes.FRAMES - 1):
             image, sentence, before, seen = frames[frame] if frame < len(frames) else blank
             right = bool(before) and judge_frame(sentence, before, seen)
             same = sorted(t.name for t in seen) == actors
@@ -511,9 +506,9 @@ def show(results: dict) -> str:
 def contact_sheet(verdicts: list[Verdict], columns: int = 12, lines: int = 8) -> Image.Image:
     """The first pictures, enlarged, each with its label: green if right, red if wrong."""
     width, height = verdicts[0].image.size
-    columns = columns * data.CANVAS // width
+    columns = columns * shapes.CANVAS // width
     shown = verdicts[: columns * lines]
-    cells = [(v.image, v.label, (20, 120, 50) if v.right else (200, 30, 30)) for v in shown]
+    cells = [(v.image.resize((width, height)), v.label, (20, 120, 50) if v.right else (200, 30, 30)) for v in shown]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return sheet(rows, (3 * width, 3 * height))
 
@@ -554,15 +549,57 @@ def latents_cached(pipeline: Pipeline, tokens: Tensor, latents: Tensor) -> Tenso
     return torch.stack([model(mark, latent[None], cache)[0, -1] for latent in latents])
 
 
+class Operators(TorchDispatchMode):
+    """Counts dispatched operators that are not views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def operators(device) -> tuple[int, int]:
+    """Operators of one latent: 100 guided DDIM steps of the head, and a step of 8 layers."""
+    sizes = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, head_width=1536)
+    model = Orthus(OrthusConfig.preset("tiny", **sizes)).to(device)
+    cache, x = KVCache(model.config, 2, 20, device), torch.randn(2, 512, device=device)
+    hidden, weights = model.step(x, cache), torch.tensor((3.0, -2.0), device=device)
+    noise = torch.randn(1, model.config.latent_channels, device=device)
+    prepared = model.image_head.prepare(100)
+    with Operators() as head:
+        model.image_head.sample(hidden[None], weights, 100, noise, prepared=prepared)
+    with Operators() as backbone:
+        model.step(x, cache)
+    return head.count, backbone.count
+
+
+def start_up(checkpoint_directory: str) -> tuple[float, float]:
+    """Seconds of a bare import of PyTorch, and from process start to a picture."""
+    here = Path(__file__).parent
+    commands = (["-c", "import torch"], [str(here / "sample.py"), "--checkpoint",
+                checkpoint_directory, "--prompt", "a red circle", "--output"])  # fmt: skip
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        for command in commands:
+            more = [folder] if command[0] != "-c" else []
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *command, *more], check=True, capture_output=True)
+            times.append(time.perf_counter() - started)
+    return times[0], times[1]
+
+
 @torch.inference_mode()
 def speed(args: argparse.Namespace) -> None:
     """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
     device = pick_device(args.device)
     pipeline = load(args.checkpoint, device)
-    if pipeline.model.config.image_head != "diffusion":
-        raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
-    head = pipeline.model.diffusion_head
     model, config = pipeline.model, pipeline.model.config
+    head = model.image_head
+    if not isinstance(head, DiffusionHead):
+        raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
     size = config.latents_per_image, config.latent_channels
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 2, config.hidden_size, generator=rng)
@@ -570,11 +607,11 @@ def speed(args: argparse.Namespace) -> None:
     noise = torch.randn(1, size[1], generator=rng).to(device)
     latents = torch.randn(size, generator=rng).to(device)
     tokens = torch.tensor([[config.bos_id, config.sep_id, config.boi_id]], device=device)
-    requests = [Request([data.Segment("a red circle")], seed) for seed in range(8)]
+    requests = [Request([Segment("a red circle")], seed) for seed in range(16)]
 
     def pictures(batch_size: int) -> Tensor:
         answers = generate(pipeline, requests, batch_size=batch_size, progress=False)
-        return torch.stack([data.to_tensor(a.images[0], data.CANVAS) for a in answers])
+        return torch.stack([to_tensor(a.images[0], pipeline.vae.config.resolution) for a in answers])
 
     rows = {
         "100 DDIM steps, modulations ahead of the loop": (
@@ -585,7 +622,8 @@ def speed(args: argparse.Namespace) -> None:
             lambda: latents_recomputed(pipeline, tokens, latents),
             lambda: latents_cached(pipeline, tokens, latents),
         ),
-        "8 pictures in a batch": (lambda: pictures(1), lambda: pictures(8)),
+        "16 pictures, 4 in a batch": (lambda: pictures(1), lambda: pictures(4)),
+        "16 pictures, 16 in a batch": (lambda: pictures(1), lambda: pictures(16)),
     }
     print(f"{'':48}{'slow s':>9}{'fast s':>9}{'ratio':>8}{'difference':>12}")
     for name, (slow, fast) in rows.items():
@@ -598,134 +636,151 @@ def speed(args: argparse.Namespace) -> None:
         a, b = min(times[slow]), min(times[fast])
         gap = (slow() - fast()).abs().max().item()
         print(f"{name:48}{a:9.4f}{b:9.4f}{a / b:8.2f}{gap:12.1e}")
+    bare, whole = min(start_up(args.checkpoint) for _ in range(args.rounds))
+    print(f"{'import torch, and process start to a picture':48}{bare:9.2f}{whole:9.2f}"
+          f"{whole / bare:8.2f}")
+    counts = operators(device)
+    print(f"{'operators of a latent, width 512: head, 8 layers':48}{counts[0]:9}{counts[1]:9}")
 
 
 # --- Command line --------------------------------------------------------------------------------
 
 SCENES = 500  # held-out scenes for the autoencoder
-TASKS = (
-    "text to image",
-    "understanding",
-    "pope",
-    "differences",
-    "editing",
-    "in-context editing",
-    "stories",
-)
+TASKS = ("text to image", "understanding", "pope", "differences", "editing", "in-context editing",
+         "stories")  # fmt: skip
+COUNTS = {"prompts": 500, "questions": 500, "edits": 300, "in_context": 300, "stories": 100}
 
 
-def evaluate_shapes(args: argparse.Namespace) -> dict:
-    """Everything that `evaluate.py shapes` reports, as JSON has it."""
-    device = pick_device(args.device)
-    names = ("steps", "cfg_scale", "cfg_image", "batch_size")
-    options = {name: getattr(args, name) for name in names}
-    results, sheets = {"checkpoint": args.checkpoint, "seed": args.seed} | options, {}
-    if any((args.prompts, args.questions, args.edits, args.in_context, args.stories)):
-        pipeline = load(args.checkpoint, device)
-        vae = pipeline.vae
-        results["defaults"] = {k: v for k, v in pipeline.defaults.items() if k != "words"}
-    else:
-        vae = VQVAE.from_pretrained(args.checkpoint, device, torch.float32)
-    if vae.config.resolution != data.CANVAS:
-        raise ValueError(
-            f"{args.checkpoint} makes pictures of {vae.config.resolution} pixels; the Shapes world "
-            f"has {data.CANVAS}: give a checkpoint that was trained on it"
-        )
-    results["autoencoder"] = autoencoder_report(vae, args.seed, SCENES)
-    if args.prompts:
-        sheets["text to image"] = draw(pipeline, args.seed, args.prompts, **options)
-    if args.questions:  # guidance is for images: one row a question is enough
-        one_row = options | dict(cfg_scale=1, cfg_image=1)
-        sheets["understanding"] = ask(pipeline, args.seed, args.questions, **one_row)
+def evaluate_shapes(directory: str | Path, seed: int = 1000, counts: dict[str, int] = COUNTS,
+                    samples: Path | None = None, device="cpu", scenes: int = SCENES, **options):
+    """Everything that `evaluate.py shapes` reports, as JSON has it: of the tasks and kinds that the
+    checkpoint's world has."""
+    source = checkpoint.open_checkpoint(directory)
+    fields = source.config.get("data", {})
+    config = checkpoint.build(ShapesConfig, fields, f"{source}, section 'data'")
+    results = {"checkpoint": str(directory), "seed": seed} | options
+    vae, world, sheets = VQVAE.from_pretrained(source, device, torch.float32), Shapes(0, config), {}
+    results["autoencoder"] = autoencoder_report(vae, config, seed, scenes)
+    has = {task: bool(weight) for task, weight in config.tasks.items()}
+    if any(counts.values()):
+        pipeline = load(source, device)
+        results["defaults"] = {k: v for k, v in vars(pipeline.defaults).items() if k != "words"}
+    one_row = options | dict(cfg_scale=1, cfg_image=1)  # guidance is for images
+    make = lambda task, name, count: in_turn(world, task, seed, count, name)
+    if has.get("text_to_image") and counts["prompts"]:
+        sheets["text to image"] = draw(pipeline, config, seed, counts["prompts"], **options)
+    if has.get("understanding") and counts["questions"]:
+        asked = [Shapes(0, replace(config, digits=min(config.digits, 0.5)))]
+        asked = in_turn(asked[0], "understanding", seed, counts["questions"], "question")
+        sheets["understanding"] = answer_exactly(pipeline, asked, "questions", seed, **one_row)
         if any(v.row == "exists" for v in sheets["understanding"]):
             results["pope"] = pope(sheets["understanding"])
-        pairs = math.ceil(0.3 * args.questions)
-        sheets["differences"] = compare(pipeline, args.seed, pairs, **one_row)
-    if args.edits:
-        sheets["editing"] = edit(pipeline, args.seed, args.edits, False, **options)
-    if args.in_context:
-        sheets["in-context editing"] = edit(pipeline, args.seed, args.in_context, True, **options)
-    if args.stories:
-        sheets["stories"] = tell(pipeline, args.seed, args.stories, **options)
+    if has.get("difference") and counts["questions"]:
+        pairs = make("difference", "difference", math.ceil(0.3 * counts["questions"]))
+        sheets["differences"] = answer_exactly(pipeline, pairs, "differences", seed, **one_row)
+    for task, title, name, count, judged in (
+        ("editing", "editing", "edit", "edits", edit),
+        ("in_context", "in-context editing", "in context", "in_context", edit),
+        ("story", "stories", "story", "stories", tell),
+    ):
+        if has.get(task) and counts[count]:
+            examples = make(task, name, counts[count])
+            sheets[title] = judged(pipeline, examples, task, seed, **options)
     for task, verdicts in sheets.items():
         results[task] = tally(verdicts)
         if task == "stories":  # its rows are two views of the same frames
             del results[task]["all"]
         if measured := [v.kept for v in verdicts if v.kept is not None]:
             results[task]["psnr elsewhere"] = float(np.mean(measured))
-        if args.samples:
+        if samples:
             name = task.replace(" ", "_") + ".png"
             shown = verdicts[::2] if task == "stories" else verdicts  # each frame once
-            contact_sheet(shown).save(args.samples / name)
+            contact_sheet(shown).save(samples / name)
     return results
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    shapes = commands.add_parser(
+def over_seeds(runs: list[dict]) -> str:
+    """The mean and range of every rate over several seeds."""
+    lines = [f"{'over seeds ' + ', '.join(str(r['seed']) for r in runs):34}{'mean':>8}{'range':>20}"]
+    for task in (t for t in TASKS if t in runs[0]):
+        for name in (n for n, row in runs[0][task].items() if isinstance(row, dict)):
+            rates = [run[task][name]["rate"] for run in runs]
+            span = f"{min(rates):.1%} to {max(rates):.1%}"
+            lines.append(f"  {task + ', ' + name:32}{sum(rates) / len(rates):8.1%}{span:>20}")
+    return "\n".join(lines)
+
+
+def report(directory: str | Path, folder: Path, count: int = 300) -> str:
+    """The table of a model just trained; evaluation.json and sheets of pictures into a folder."""
+    counts = dict.fromkeys(COUNTS, count)
+    results = evaluate_shapes(directory, counts=counts, samples=folder, scenes=200)
+    checkpoint.write_json(folder / "evaluation.json", results)
+    return show(results)
+
+
+def run_shapes(args: argparse.Namespace) -> None:
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise ValueError(f"--json {args.json} is not a file in a folder that exists")
+    if args.samples:
+        args.samples.mkdir(parents=True, exist_ok=True)
+    given = {name: getattr(args, name) for name in ("steps", "cfg_scale", "cfg_image")}
+    options = {name: value for name, value in given.items() if value is not None}
+    counts, device = {name: getattr(args, name) for name in COUNTS}, pick_device(args.device)
+    runs = []
+    for seed in args.seed or [1000]:
+        runs.append(evaluate_shapes(args.checkpoint, seed, counts, args.samples, device,
+                                    batch_size=args.batch_size, **options))  # fmt: skip
+        print(show(runs[-1]))
+    if len(runs) > 1:
+        print("\n" + over_seeds(runs))
+    if args.json:
+        checkpoint.write_json(args.json, runs[0] if len(runs) == 1 else {"seeds": runs})
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = checkpoint.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=checkpoint.Parser)
+    quality = commands.add_parser(
         "shapes",
-        help="quality of a model of the Shapes world",
-        description="Quality of a model of the Shapes world, on held-out captions and scenes.",
+        help="quality of a model of a Shapes world",
+        description="Quality of a model of a Shapes world, on held-out captions and scenes.",
         epilog="example: python evaluate.py shapes --samples sheets --json shapes.json",
     )
-    count = number(int, 0, 100_000)
-    add = shapes.add_argument
+    clock = commands.add_parser("speed", help="fast paths beside their slow references, as ratios")
+    add, number = quality.add_argument, checkpoint.number
     tiny = str(Path(__file__).parent / "checkpoints" / "tiny")
-    add("--checkpoint", default=tiny, metavar="DIR", help="default: checkpoints/tiny")
-    add("--seed", type=number(int, 0, 2**31), default=1000, metavar="N",
-        help="of the held-out examples, and of sampling (default: 1000)")
-    add("--prompts", type=count, default=500, metavar="N",
-        help="captions to draw, the six kinds in turn; 0 leaves drawing out (default: 500)")
-    add("--questions", type=count, default=500, metavar="N",
-        help="questions to ask, their kinds in turn, and 0.3 times as many about the difference "
-        "between two pictures (default: 500)")
-    add("--edits", type=count, default=300, metavar="N",
-        help="edits told in words, their kinds in turn (default: 300)")
-    add("--in-context", type=count, default=300, metavar="N",
-        help="edits told by an example pair (default: 300)")
-    add("--stories", type=count, default=100, metavar="N",
-        help="stories to continue, three frames each (default: 100). With 0 of everything, the "
-        "checkpoint needs an autoencoder alone")
+    for command in (quality, clock):
+        command.add_argument("--checkpoint", default=tiny, metavar="DIR", help="default: tiny")
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    clock.add_argument("--rounds", type=number(int, 1, 1000), default=5, metavar="N",
+        help="runs of each, taken in turns; the fastest counts (default: 5)")
+    add("--seed", type=number(int, 0, 2**31), action="append", metavar="N", help="of the held-out "
+        "examples and of sampling; repeat it for a mean and a range (default: 1000)")
+    what = {"prompts": "captions to draw", "edits": "edits told in words",
+            "questions": "questions to ask, and 0.3 times as many about the difference of two "
+            "pictures", "in_context": "edits told by an example pair",
+            "stories": "stories to continue, three frames each"}  # fmt: skip
+    for name, default in COUNTS.items():
+        add("--" + name.replace("_", "-"), type=number(int, 0, 100_000), default=default,
+            metavar="N", help=f"{what[name]}, kinds in turn; 0 leaves them out "
+            f"(default: {default})")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the numbers here too")
     add("--samples", type=Path, metavar="DIR", help="save sheets of pictures, labelled with what "
         "was asked, green if right, red if wrong")
-    add("--steps", type=number(int, 1, 1000), metavar="N",
-        help="DDIM steps (default: the checkpoint's)")
-    add("--cfg-scale", type=number(float, 0, 100), metavar="S",
-        help="guidance; 1 is none (default: the checkpoint's)")
-    add("--cfg-image", type=number(float, 0, 100), metavar="S",
-        help="guidance towards a prompt's images (default: the checkpoint's)")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="DDIM steps")
+    add("--cfg-scale", type=number(float, 0, 100), metavar="S", help="guidance; 1 is none")
+    add("--cfg-image", type=number(float, 0, 100), metavar="S", help="towards a prompt's images")
     add("--batch-size", type=number(int, 1, 4096), default=64, metavar="N",
         help="requests answered at a time (default: 64)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    clock = commands.add_parser("speed", help="fast paths beside their slow references, as ratios")
-    clock.add_argument("--checkpoint", default=tiny, metavar="DIR")
-    clock.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    clock.add_argument("--rounds", type=number(int, 1, 1000), default=5, metavar="N",
-        help="runs of each, taken in turns; the fastest counts (default: 5)")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    try:
-        if args.command == "speed":
-            return speed(args)
-        if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-            raise ValueError(f"--json {args.json} is not a file in a folder that exists")
-        if args.samples:
-            args.samples.mkdir(parents=True, exist_ok=True)
-        results = evaluate_shapes(args)
-        print(show(results))
-        if args.json:
-            args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    except KeyboardInterrupt:
-        tqdm.write("interrupted; nothing was reported", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        tqdm.write(f"evaluate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main() -> None:
+    args = parse()
+    action = {"shapes": run_shapes, "speed": speed}[args.command]
+    checkpoint.command_line("evaluate.py", lambda: action(args), "interrupted; nothing was reported")
 
 
 if __name__ == "__main__":

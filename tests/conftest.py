@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models are so small that a second thread would only wait
 
 
 def seeded(seed: int) -> torch.Generator:
