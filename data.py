@@ -209,9 +209,9 @@ MOST_PIXELS = 89_000_000  # of a file; Pillow warns above, and a phone's largest
 
 def open_image(path: str | Path) -> Image.Image:
     """An image file, turned as its Exif data say. Raises ValueError, in one line, with its name."""
-    if not Path(path).is_file():  # a pipe or a device would be waited for
-        raise ValueError(f"image {path} is not a file; give a PNG or JPEG")
     try:
+        if not Path(path).is_file():  # a pipe or a device would be waited for
+            raise ValueError("it is not a file; give a PNG or JPEG")
         # the size is checked here
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:

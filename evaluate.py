@@ -329,8 +329,9 @@ def caption_examples(config: ShapesConfig, seed: int, count: int) -> list[tuple[
     caption names a combination that training never shows."""
     examples = in_turn(Shapes(0, config), "text_to_image", seed, count, "caption")
     rows = [(e.kind, e) for e in examples]
-    world, kinds = Shapes(0, config, allow_unseen=True), ("counting", "colours", "position", "binding")
-    kinds = [kind for kind in kinds if config.captions.get(kind)]
+    world, named = Shapes(0, config, allow_unseen=True), list(shapes.CAPTIONS)[2:]  # with colours
+    pairs = {(colour, shape) for colour in config.colours for shape in config.shapes}
+    kinds = [kind for kind in named if config.captions.get(kind) and pairs & shapes.UNSEEN]
     for i in range(math.ceil(count / 6) if kinds else 0):
         rng, kind = random.Random(f"evaluate unseen {seed} {i}"), kinds[i % len(kinds)]
         while not (example := world.text_to_image(rng, kind)).unseen:
@@ -346,7 +347,8 @@ def ask_model(pipeline: Pipeline, examples: list[Example], task: str, seed: int,
     return generate(pipeline, requests, **options)
 
 
-def draw(pipeline: Pipeline, world: ShapesConfig, seed: int, count: int, **options) -> list[Verdict]:
+def draw(pipeline: Pipeline, world: ShapesConfig, seed: int, count: int,
+         **options) -> list[Verdict]:
     """Draw held-out captions and judge the pictures."""
     rows, verdicts = caption_examples(world, seed, count), []
     answers = ask_model(pipeline, [e for _, e in rows], "captions", seed, **options)
@@ -355,7 +357,7 @@ def draw(pipeline: Pipeline, world: ShapesConfig, seed: int, count: int, **optio
         seen = detect(image)
         right = bool(answer.images) and judge(example, seen)
         label = example.segments[0].content + saw(seen) * (not right)
-        verdicts.append(Verdict(row, image, label, right))
+        verdicts.append(Verdict(row, full_size(image), label, right))
     return verdicts
 
 
@@ -428,6 +430,7 @@ def tell(pipeline: Pipeline, examples: list[Example], task: str, seed: int,
             right = bool(before) and judge_frame(sentence, before, seen)
             same = sorted(t.name for t in seen) == actors
             label = sentence.strip() + saw(seen) * (not right)
+            image = full_size(image)
             verdicts.append(Verdict("frame is as its sentence", image, label, right))
             verdicts.append(Verdict("actors stay the same", image, label, same))
     return verdicts
@@ -508,7 +511,7 @@ def contact_sheet(verdicts: list[Verdict], columns: int = 12, lines: int = 8) ->
     width, height = verdicts[0].image.size
     columns = columns * shapes.CANVAS // width
     shown = verdicts[: columns * lines]
-    cells = [(v.image.resize((width, height)), v.label, (20, 120, 50) if v.right else (200, 30, 30)) for v in shown]
+    cells = [(v.image, v.label, (20, 120, 50) if v.right else (200, 30, 30)) for v in shown]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return sheet(rows, (3 * width, 3 * height))
 
@@ -611,7 +614,8 @@ def speed(args: argparse.Namespace) -> None:
 
     def pictures(batch_size: int) -> Tensor:
         answers = generate(pipeline, requests, batch_size=batch_size, progress=False)
-        return torch.stack([to_tensor(a.images[0], pipeline.vae.config.resolution) for a in answers])
+        images = (to_tensor(a.images[0], pipeline.vae.config.resolution) for a in answers)
+        return torch.stack(list(images))
 
     rows = {
         "100 DDIM steps, modulations ahead of the loop": (
@@ -701,7 +705,8 @@ def evaluate_shapes(directory: str | Path, seed: int = 1000, counts: dict[str, i
 
 def over_seeds(runs: list[dict]) -> str:
     """The mean and range of every rate over several seeds."""
-    lines = [f"{'over seeds ' + ', '.join(str(r['seed']) for r in runs):34}{'mean':>8}{'range':>20}"]
+    title = "over seeds " + ", ".join(str(run["seed"]) for run in runs)
+    lines = [f"{title:34}{'mean':>8}{'range':>20}"]
     for task in (t for t in TASKS if t in runs[0]):
         for name in (n for n, row in runs[0][task].items() if isinstance(row, dict)):
             rates = [run[task][name]["rate"] for run in runs]
@@ -753,7 +758,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     tiny = str(Path(__file__).parent / "checkpoints" / "tiny")
     for command in (quality, clock):
         command.add_argument("--checkpoint", default=tiny, metavar="DIR", help="default: tiny")
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, ...; default: auto")
     clock.add_argument("--rounds", type=number(int, 1, 1000), default=5, metavar="N",
         help="runs of each, taken in turns; the fastest counts (default: 5)")
     add("--seed", type=number(int, 0, 2**31), action="append", metavar="N", help="of the held-out "
@@ -780,7 +785,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     action = {"shapes": run_shapes, "speed": speed}[args.command]
-    checkpoint.command_line("evaluate.py", lambda: action(args), "interrupted; nothing was reported")
+    interrupted = "interrupted; nothing was reported"
+    checkpoint.command_line("evaluate.py", lambda: action(args), interrupted)
 
 
 if __name__ == "__main__":

@@ -609,8 +609,8 @@ class TokenHead(nn.Module):
 
     @torch.no_grad()
     def sample(self, hidden, weights=(1.0,), steps=100, noise=None, generator=None, prepared=None):
-        """A code drawn from the guided distribution over the K image tokens alone: the first channel
-        of the noise becomes the uniform number that picks it."""
+        """A code drawn from the guided distribution over the K image tokens alone: the noise's
+        first channel becomes the uniform number that picks it."""
         (model,) = self.model
         logits = F.linear(hidden, model.lm_head.weight[self.codes])  # (B, G, K)
         cumulative = guide(logits, weights).softmax(-1).cumsum(-1)  # (B, K)

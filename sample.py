@@ -168,8 +168,8 @@ def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None,
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     autoencoder = VQVAE.from_pretrained(other, device, torch.float32).eval()
-    tokenizer = Tokenizer.from_pretrained(source)
     model = Orthus.from_pretrained(source, device, dtype).eval()
+    tokenizer = Tokenizer.from_pretrained(source)
     for name in ("latents_per_image", "latent_channels", "num_codes"):
         ours, theirs = getattr(model.config, name), getattr(autoencoder.config, name)
         if ours != theirs:
@@ -546,7 +546,8 @@ def read_requests(path: str, seed: int) -> list[tuple[str, Request]]:
                 prompt = read_prompt(line.prompt, line.images)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-            requests.append((line.prompt, Request(prompt, seed if line.seed is None else line.seed)))
+            own = seed if line.seed is None else line.seed
+            requests.append((line.prompt, Request(prompt, own)))
     if not requests:
         raise ValueError(f"requests file {path} holds no request")
     return requests

@@ -474,7 +474,8 @@ def chameleon_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bo
     """The discrete ancestor, from scratch: nearest codes in, image tokens out (eq. 1, 2)."""
     sizes = OrthusConfig.preset(config.preset, vision_embedding="argmin", image_head="tokens")
     fields, vae = start.section("vae"), start.tensors("vae")
-    for name in ("num_codes", "latent_channels"):
+    fields = fields | {"latents_per_image": VQVAEConfig(**fields).latents_per_image}
+    for name in ("num_codes", "latent_channels", "latents_per_image"):
         if fields[name] != getattr(sizes, name):
             raise ValueError(f"{name} is {fields[name]} in the autoencoder of {start}, but "
                              f"{getattr(sizes, name)} in preset {config.preset}; give one of that")
@@ -857,7 +858,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     loader = iter(DataLoader(
         Steps(stage.batch, dataset), batch_size=None, sampler=range(first, config.steps),
         num_workers=config.workers, prefetch_factor=8 if config.workers else None,
-        multiprocessing_context="fork" if config.workers else None,
+        multiprocessing_context="fork" if config.workers else None, worker_init_fn=leave_signals,
     ))
     log, stopping = Log(run, name, config), []
     before = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
@@ -897,6 +898,12 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
                 raise Stopped
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def leave_signals(worker: int) -> None:
+    """A signal to the whole group is for the training process; workers end when it does."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
 
 
 class Steps:
@@ -1034,8 +1041,8 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
             tqdm.write(f"stopped and saved; --resume goes on from {newest_save(run)}")
         except (KeyboardInterrupt, ValueError, OSError):
             saved = newest_save(run)
-            tqdm.write(f"--resume goes on from {saved}" if saved else
-                       f"nothing was saved yet; --resume begins {run} anew", file=sys.stderr)  # fmt: skip
+            where = f"goes on from {saved}" if saved else "begins anew, as nothing was saved yet"
+            tqdm.write(f"--resume {where}", file=sys.stderr)
             raise
 
 
@@ -1055,8 +1062,7 @@ def train_all(out: str, given: dict) -> None:
         run, started = Path(out) / name, time.time()
         resume = (run / "run.json").is_file()
         own = given | ({"init": init} if init else {})
-        own = own | {} if name != "vae" else {k: v for k, v in own.items() if k != "init"}
-        if own.get("seed") is not None:
+        if "seed" in given:  # its own for each stage
             own["seed"] = given["seed"] * 100 + list(STAGES).index(name)
         config, _, _ = settings(name, run, own, resume)
         saved = newest_save(run)

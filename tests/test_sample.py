@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, close, complaint, grey_levels, seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -36,7 +37,7 @@ SMALL = dict(
 CONFIG = OrthusConfig.preset("tiny", **SMALL)
 C, L = CONFIG.latent_channels, CONFIG.latents_per_image
 DEFAULTS = sample.Generation(steps=3, cfg_scale=2.0, image_first=True, max_tokens=40)
-WORDS = "a red green blue purple circle star square stars What Which colour is the Make Once more On"
+WORDS = "a red green blue purple circle star square stars What Which colour is the Make Once On"
 FEW = 6  # grey levels: fp32 sums in another order, through a random model that amplifies them
 WORD = 60  # the id of some piece of text
 
@@ -130,7 +131,8 @@ def fed(pipeline, monkeypatch):
 
 def naive_latent(head, hidden, weights, noise, steps: int):
     """DDIM by the book: hidden (D,) of each context, noise (C,) -> latent (C,)."""
-    level = lambda t: head.schedule.alphas_cumprod[t].double() if t >= 0 else torch.ones(()).double()
+    levels = torch.cat([head.schedule.alphas_cumprod.double(), torch.ones(1).double()])
+    level = lambda t: levels[t]  # -1: no noise
     times = [round(1000 - k * 1000 / steps) - 1 for k in range(steps)]
     x = noise
     for t, after in zip(times, [*times[1:], -1], strict=True):
@@ -185,7 +187,7 @@ def test_latents_are_those_of_the_naive_loop(pipeline, monkeypatch):
     """Two images of a text prompt, an edit and an in-context edit, in one batch: each as without
     cache and batch. Image j takes the seed's j-th noise; the guiding contexts restart at it."""
     requests = [request("a star", seed=4), request(1, "Make the star blue.", seed=5),
-                request(1, 2, 3, seed=5)]  # fmt: skip
+                request(1, 2, 3, seed=5), request("a circle", seed=6)]  # fmt: skip
     drawn = [[] for _ in requests]
 
     def watch(event):
@@ -231,24 +233,44 @@ class Operators(TorchDispatchMode):
         self.devices |= {t.device.type for t in tensors}
         return result
 
+
+class Conversions(TorchFunctionMode):
+    """Tensors that are made of Python's numbers: as_tensor runs no operator that is seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        makers = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
+        self.made += function in makers and not isinstance(args[0], torch.Tensor)
+        return function(*args, **(kwargs or {}))
+
+
+class Watch(contextlib.ExitStack):
+    """Whether a number goes from the host to the device, or back, between start and stop."""
+
+    def start(self) -> None:
+        self.operators = self.enter_context(Operators())
+        self.conversions = self.enter_context(Conversions())
+
     def waits(self) -> bool:
-        """Whether a number went from the host to the device, or back."""
-        copied = any("lift_fresh" in n or "_local_scalar" in n for n in self.names)
-        return copied or self.devices != {"meta"}
+        asked = any("_local_scalar" in name for name in self.operators.names)
+        return asked or self.conversions.made > 0 or self.operators.devices != {"meta"}
 
 
 def test_nothing_inside_an_image_waits_for_the_device(loaded, monkeypatch):
     """draw_image on a device of its own, from one latent to the next: nothing but its tensors."""
     model = copy.deepcopy(loaded.model).to("meta")
     pipeline = dataclasses.replace(loaded, model=model)
-    mode, calls, head_sample = Operators(), [], model.image_head.sample
+    watch, calls, head_sample = Watch(), [], model.image_head.sample
 
     def record(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
-            mode.__enter__()
+            watch.start()
         elif len(calls) == 3:
-            mode.__exit__(None, None, None)
+            watch.close()
         return head_sample(*args, **kwargs)
 
     monkeypatch.setattr(model.image_head, "sample", record)
@@ -258,18 +280,20 @@ def test_nothing_inside_an_image_waits_for_the_device(loaded, monkeypatch):
     options = sample.Options(cfg_scale=3.0, cfg_image=1.5)
     row = sample.start_row(pipeline, request(1, "On."), options, lambda *_: None)
     row.slots = [0, 1, 2]
-    cache, hidden = KVCache(CONFIG, 3, 60, "meta"), torch.zeros(3, CONFIG.hidden_size, device="meta")
+    cache = KVCache(CONFIG, 3, 60, "meta")
+    hidden = torch.zeros(3, CONFIG.hidden_size, device="meta")
     with torch.inference_mode(), tqdm(disable=True, total=0) as bar, pytest.raises(RuntimeError):
         sample.draw_image(pipeline, [row], cache, hidden, 3, bar)  # whose end asks for numbers
-    assert len(calls) == L and len(mode.names) > 100 and not mode.waits()
+    assert len(calls) == L and len(watch.operators.names) > 100 and not watch.waits()
 
 
-@pytest.mark.parametrize("act", [lambda: torch.tensor([1.5], device="meta"),
-                                 lambda: torch.zeros(2).to("meta")])  # fmt: skip
-def test_a_copy_from_the_host_is_seen(act):
-    with Operators() as mode:
-        act()
-    assert mode.waits()
+@pytest.mark.parametrize("make", [torch.tensor, torch.as_tensor])
+def test_a_copy_from_the_host_is_seen(make):
+    for act in (lambda: make([1.5], device="meta"), lambda: torch.zeros(2).to("meta")):
+        with Watch() as watch:
+            watch.start()
+            act()
+        assert watch.waits()
 
 
 # --- The loops -----------------------------------------------------------------------------------
@@ -283,7 +307,7 @@ def test_same_seed_same_picture_and_other_seed_another(pipeline):
 
 def test_same_seed_same_picture_alone_and_in_a_batch(pipeline):
     requests = [request("a star", seed=4), request("three green squares", seed=4),
-                request(1, "What colour is the star?", seed=4), request(1, 2, 3, seed=5)]  # fmt: skip
+                request(1, "What colour is it?", seed=4), request(1, 2, 3, seed=5)]  # fmt: skip
     options = dict(min_images=1, max_images=2, cfg_image=1.5)
     whole = answer(pipeline, *requests, **options)
     twos = answer(pipeline, *requests, batch_size=2, **options)
@@ -335,9 +359,8 @@ def test_a_photo_is_read_as_its_exif_data_turn_it(pipeline, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(1).save(tmp_path / "a.png", exif=exif)
-    draw = lambda image: image_of(pipeline, "On.", seed=3) if image is None else answer(
-        pipeline, Request([Segment(image), Segment("On.")], 3), min_images=1, max_images=1
-    )[0].images[0]  # fmt: skip
+    ask = lambda image: Request([Segment(image), Segment("On.")], seed=3)
+    draw = lambda image: answer(pipeline, ask(image), min_images=1)[0].images[0]
     turned = draw(picture(1).transpose(Image.Transpose.ROTATE_270))
     assert grey_levels(draw(tmp_path / "a.png"), turned) <= 1
     assert grey_levels(draw(picture(1)), turned) > FEW
@@ -575,7 +598,7 @@ def test_numbers_that_are_not_finite_stop_the_drawing(directory, tmp_path, monke
     """Small checkpoints are checked as they are read, large ones where the numbers come out."""
     shutil.copytree(directory, tmp_path / "copy")
     path = tmp_path / "copy" / checkpoint.MODEL
-    for name in ("image_head.input_proj.weight", "lm_head.weight"):
+    for name, part in (("image_head.input_proj.weight", "latent"), ("lm_head.weight", "logits")):
         tensors = load_file(directory / checkpoint.MODEL)
         tensors[name][0] = NAN
         save_file(tensors, path)
@@ -583,7 +606,8 @@ def test_numbers_that_are_not_finite_stop_the_drawing(directory, tmp_path, monke
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "SMALL", 0)
             broken = sample.load(tmp_path / "copy")
-            assert "not finite" in complaint(lambda: answer(broken, request("a star")))  # noqa: B023
+            message = complaint(lambda: answer(broken, request("a star")))  # noqa: B023
+            assert part in message and "not finite" in message
 
 
 # --- The command line ----------------------------------------------------------------------------
@@ -607,8 +631,8 @@ def names(folder: Path) -> set[str]:
 def test_command_line_writes_pictures_in_prompt_order(run, pipeline, tmp_path, monkeypatch):
     script(monkeypatch)
     out = tmp_path / "new" / "folder"
-    code, said, _ = run("--prompt", "a star", "--prompt", "a circle", "--num-images", 2, "--seed", 5,
-                        "--scale", 1, "--output", out)  # fmt: skip
+    code, said, _ = run("--prompt", "a star", "--prompt", "a circle", "--num-images", 2,
+                        "--seed", 5, "--scale", 1, "--output", out)  # fmt: skip
     assert code == 0 and names(out) == {f"000{i}.png" for i in range(4)}
     assert str(out / "0000.png") in said and "seed 6" in said and "seconds" in said
     last = Image.open(out / "0003.png")
@@ -617,8 +641,9 @@ def test_command_line_writes_pictures_in_prompt_order(run, pipeline, tmp_path, m
 
 
 def test_scale_device_and_dtype(run_main, directory, tmp_path):
-    for scale, more in ((1, ("--device", "auto")), (3, ("--dtype", "bfloat16"))):
-        args = "--checkpoint", directory, "--prompt", "a star", "--scale", scale, *more
+    more = ("--device", "auto"), ("--dtype", "float16", "--vae", directory)
+    for scale, flags in enumerate(more, 1):
+        args = "--checkpoint", directory, "--prompt", "a star", "--scale", scale, *flags
         assert run_main(sample, *args, "--output", tmp_path)[0] == 0
         assert Image.open(tmp_path / "0000.png").size == (64 * scale, 64 * scale)
     assert sample.pick_device("auto").type in ("cpu", "cuda", "mps", "xpu")
@@ -632,6 +657,16 @@ def test_a_film_has_a_frame_for_each_latent_and_one_before(run, tmp_path):
         last = film.convert("RGB")
     whole = Image.open(tmp_path / "0000.png")
     assert np.abs(np.asarray(last, int) - np.asarray(whole, int)).mean() < 12  # 256 colours
+
+
+@torch.inference_mode()
+def test_what_a_film_has_not_drawn_yet_is_the_mean_latent(pipeline):
+    latents = torch.randn(L, C, generator=seeded(0))
+    frames, mean = sample.film(pipeline.vae, latents), latents.mean(0).expand(L, C)
+    for drawn in (0, 3, L):
+        own = torch.cat([latents[:drawn], mean[drawn:]])
+        wanted = data.to_image(pipeline.vae.decode(own[None])[0])
+        assert grey_levels(frames[drawn], wanted) <= 1
 
 
 def test_compiled_steps_draw_the_same_picture(run, tmp_path, monkeypatch):
@@ -708,7 +743,7 @@ def test_ctrl_c_keeps_what_is_finished(run, tmp_path, monkeypatch, prompts):
 def test_an_answer_does_not_overwrite_its_own_picture(run, tmp_path):
     picture(3).save(tmp_path / "0000.png")
     before = (tmp_path / "0000.png").read_bytes()
-    run("--image", tmp_path / "0000.png", "--prompt", "a star", "--min-images", 1, "--max-images", 1,
+    run("--image", tmp_path / "0000.png", "--min-images", 1, "--max-images", 1,
         "--output", tmp_path)  # fmt: skip
     assert (tmp_path / "0000.png").read_bytes() == before and (tmp_path / "0001.png").is_file()
 
@@ -766,7 +801,7 @@ def test_requests_file_is_answered_line_by_line(run, requests_file, tmp_path):
     assert (out / "mine.txt").read_text() == "kept" and "results.jsonl.part" not in names(out)
 
 
-def test_earlier_results_stay_until_the_new_ones_are_whole(run, requests_file, tmp_path, monkeypatch):
+def test_earlier_results_stay_until_new_ones_are_whole(run, requests_file, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "results.jsonl").write_text("earlier")
@@ -825,7 +860,7 @@ BAD = [  # arguments, what the line must name
     ([*A, "--device", "quantum"], "quantum"), ([*A, "--device", "cuda:99"], "cuda:99"),
     ([*A, "--device", "meta"], "meta"), ([*A, "--device", "hpu"], "hpu"),
     ([*A, "--dtype", "int8"], "int8"), ([*A, "--stepz", "5"], "--stepz"), ([*A, "more"], "more"),
-    ([*A, "--steps", "0"], "--steps"), ([*A, "--steps", "x"], "'x'"), ([*A, "--steps", "1e3"], "1e3"),
+    ([*A, "--steps", "0"], "--steps"), ([*A, "--steps", "x"], "'x'"), ([*A, "--steps", ""], "''"),
     ([*A, "--top-p", "1.5"], "--top-p"), ([*A, "--temperature", "nan"], "nan"),
     ([*A, "--cfg-scale", "inf"], "inf"), ([*A, "--cfg-image", "-1"], "-1"),
     ([*A, "--seed", "-1"], "-1"), ([*A, "--num-images", "0"], "--num-images"),
@@ -855,7 +890,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(run, tmp_path):
 
 
 LINES = [
-    ("{", "JSON"), ("[" * 100_000, "JSON"), ('{"images": []}', "prompt"), ('{"prompt": ""}', "empty"),
+    ("{", "JSON"), ("[" * 100_000, "JSON"), ('{"prompt": ""}', "empty"), ("{}", "prompt"),
     ("[1]", "[1]"), ("null", "None"), ('{"prompt": 1}', "prompt is 1"),
     ('{"prompt": "a", "seed": 1.5}', "1.5"), ('{"prompt": "a", "seed": -1}', "-1"),
     ('{"prompt": "a", "seed": true}', "True"), ('{"prompt": "a", "seed": NaN}', "nan"),
@@ -897,9 +932,11 @@ DAMAGE = [  # section and field of config.json, values; the line names field or 
     ("model", "bos_id", [1, -1, 320, 1.0]), ("model", "eoi_id", [20]),
     ("model", "image_id", [320, BIG]), ("model", "nonsense", [1]),
     ("model", "latents_per_image", [15, 2**20]),
-    ("vae", "resolution", [63, 0, "64"]), ("vae", "channel_multiplier", [[], [0], "x", 3, [2**24]]),
+    ("vae", "resolution", [63, 0, "64"]),
+    ("vae", "channel_multiplier", [[], [0], "x", 3, [2**24]]),
     ("vae", "groups", [7, 0]), ("vae", "num_res_blocks", [10**7]),
-    ("generation", "steps", [0, 1001, "3", None, 2.5]), ("generation", "cfg_scale", [NAN, "x", None]),
+    ("generation", "steps", [0, 1001, "3", None, 2.5]),
+    ("generation", "cfg_scale", [NAN, "x", None]),
     ("generation", "unconditional", [None, 3, "\ud800"]), ("generation", "image_first", [1, "yes"]),
     ("generation", "interleaved", [[], {"steps": 0}, {"cfg_scale": "x"}, {"nonsense": 1}]),
     ("generation", "max_tokens", [0, BIG]), ("generation", "scale", [0, 65]),
@@ -927,14 +964,13 @@ def test_every_field_of_a_checkpoints_config_is_checked(run, damaged, tmp_path):
             refused(run, tmp_path / "out", [*A, "--checkpoint", damaged], str(damaged))
 
 
+WEIGHTS = "model.safetensors", "vae.safetensors"
 FILES = [  # file, what it holds instead (None: it is missing), what the line names
-    *(("config.json", text, "config") for text in (b"", b"{", b"[]", b"\xff", b"[" * 10**5, b"null")),
-    ("config.json", b'{"model": 3, "vae": {}}', "damaged"), ("config.json", b'{"model": {}}', "damaged"),
-    *((name, text, name) for name in ("model.safetensors", "vae.safetensors")
-      for text in (None, b"", b"\xff" * 8)),
-    *((name, b"\x02\0\0\0\0\0\0\0{}", "0 tensors") for name in ("model.safetensors", "vae.safetensors")),
-    ("tokenizer.model", None, "tokenizer"), ("tokenizer.model", b"", "tokenizer.model"),
-    ("tokenizer.model", b"garbage", "tokenizer.model"), ("tokenizer.model", b"{", "tokenizer.model"),
+    *(("config.json", text, "config") for text in (b"", b"{", b"[]", b"\xff", b"[" * 10**5)),
+    *(("config.json", text, "damaged") for text in (b'{"model": 3, "vae": {}}', b'{"model": {}}')),
+    *((name, text, name) for name in WEIGHTS for text in (None, b"", b"\xff" * 8)),
+    *((name, b"\x02\0\0\0\0\0\0\0{}", "0 tensors") for name in WEIGHTS),
+    *(("tokenizer.model", text, "tokenizer") for text in (None, b"", b"garbage", b"{")),
 ]  # fmt: skip
 
 
@@ -946,7 +982,7 @@ def test_damaged_files_of_a_checkpoint_are_named(run, damaged, directory, tmp_pa
         refused(run, tmp_path / "out", [*A, "--checkpoint", damaged], wanted)
         (damaged / name).unlink(missing_ok=True)
         (damaged / name).symlink_to(directory / name)
-    for name in ("model.safetensors", "vae.safetensors", "config.json"):
+    for name in (*WEIGHTS, "config.json"):
         whole = (directory / name).read_bytes()
         (damaged / name).unlink()
         (damaged / name).write_bytes(whole[: len(whole) // 2])  # half-written

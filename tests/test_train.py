@@ -1,401 +1,835 @@
-"""train.py: stages on a small model, resume, and what each stage may change."""
+"""train.py: what a step is, value by value; that every stage learns; and that nothing is lost."""
 
 import dataclasses
+import itertools
 import json
+import math
+import multiprocessing
+import os
 import random
-import shutil
+import signal
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import close, complaint
+from PIL import Image
 
 import checkpoint
 import data
 import orthus
+import sample
 import train
 import vae
+from data import Segment
 from orthus import Orthus
 from vae import VQVAE
 
-FAST = dict(steps=4, batch_size=6, workers=0, log_every=2, save_every=2, dtype="float32")
+FAST = dict(preset="nano", steps=2, batch_size=8, workers=0, log_every=1, save_every=10**6,
+            validate_every=10**6, pictures_every=0, dtype="float32", quantise_from=1)  # fmt: skip
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=2, head_width=48)  # fmt: skip
+SMALL_VAE = dict(base_channels=8, channel_multiplier=(1, 1, 2, 2))
 TRANSFORMER_STAGES = ("chameleon", "base", "posttrain")
 
 
-@pytest.fixture(autouse=True)
-def small_presets(monkeypatch):
-    small = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_width=32)
-    monkeypatch.setitem(orthus.PRESETS, "tiny", orthus.PRESETS["tiny"] | small)
-    monkeypatch.setitem(vae.PRESETS, "tiny", vae.PRESETS["tiny"] | dict(base_channels=8))
-
-
-@pytest.fixture(scope="module")
-def road(tmp_path_factory):
-    """`train.py all`, two steps a stage -> the directory."""
-    out = tmp_path_factory.mktemp("road") / "all"
+@pytest.fixture(autouse=True, scope="module")
+def small_presets():
     with pytest.MonkeyPatch.context() as patch:
-        small = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_width=32)
-        patch.setitem(orthus.PRESETS, "tiny", orthus.PRESETS["tiny"] | small)
-        patch.setitem(vae.PRESETS, "tiny", vae.PRESETS["tiny"] | dict(base_channels=8))
-        train.train_all(FAST | {"out": str(out), "steps": 2})
+        patch.setitem(orthus.PRESETS, "nano", orthus.PRESETS["nano"] | SMALL)
+        patch.setitem(vae.PRESETS, "nano", vae.PRESETS["nano"] | SMALL_VAE)
+        yield
+
+
+class World:
+    """Endless: pictures of a disc, its caption, a question about it, an edit of it."""
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def picture(self, index: int, grey: int = 0) -> Image.Image:
+        y, x = np.mgrid[:32, :32] - 8 - (index + self.seed) % 5 * 4
+        pixels = np.full((32, 32, 3), 240, np.uint8)
+        pixels[x**2 + y**2 < 40] = [20 * (index % 9) + grey, 60, 30 + grey]
+        return Image.fromarray(pixels)
+
+    def example(self, index: int) -> list[Segment]:
+        image, mask = self.picture(index), Image.new("L", (32, 32), 255)
+        drawn = Segment(image, True, mask)
+        return [
+            [Segment("a dark disc"), drawn],
+            [Segment(image), Segment("How many discs are there?"), Segment("one", True)],
+            [Segment(image), Segment("Make the disc blue."), Segment(self.picture(index, 60), True)],
+            [Segment("a pale disc"), drawn],
+        ][index % 4]
+
+    def texts(self) -> list[str]:
+        return [s.content for i in range(4) for s in self.example(i) if not s.is_image]
+
+
+class Few(World):
+    """The same with a length."""
+
+    def __len__(self):
+        return 8
+
+
+def make_config(name: str, **changes) -> train.TrainConfig:
+    return train.TrainConfig(**(train.PRESETS["nano"][name] | FAST | changes))
+
+
+def run_stage(name, out, init=None, dataset=None, **changes):
+    """Train one stage in a folder -> the folder."""
+    out.mkdir(exist_ok=True)
+    checkpoint.write_json(out / "run.json", {})
+    start = checkpoint.open_checkpoint(init) if init else None
+    config, dataset = make_config(name, **changes), dataset or World()
+    train.train(name, config, dataset, World(7), out, start, {"data": {}})
     return out
 
 
-def config(name: str, out, init="", **changes) -> train.TrainConfig:
-    return train.make_config(name, FAST | {"out": str(out), "init": str(init)} | changes)
+def make_stage(name, init=None, dataset=None, **changes) -> train.Stage:
+    start = checkpoint.open_checkpoint(init) if init else None
+    config = make_config(name, device="cpu", **changes)
+    return train.STAGES[name](config, dataset or World(), start, False)
 
 
-def before(road, name: str):
-    """The checkpoint that a stage starts from."""
-    road_so_far = ["", *(road / stage for stage in train.STAGES)]
-    return road_so_far[list(train.STAGES).index(name)]
+def lines(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def tensors(directory) -> dict[str, torch.Tensor]:
-    state = torch.load(directory / "state.pt", weights_only=True)
-    moments = {
-        f"{n}.{i}.{key}": value
-        for n, part in enumerate(state["optimizer"])
-        for i, moments in part["state"].items()
-        for key, value in moments.items()
-    }
-    return state["weights"] | {f"ema.{k}": v for k, v in state["average"].items()} | moments
+def state(run) -> dict:
+    return torch.load(train.newest_save(run) / "state.pt", weights_only=True)
 
 
-# --- The road ---
+def same(a, b) -> bool:
+    """Whether two saved states are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
-def test_the_road_ends_in_a_checkpoint_that_samples(road):
-    import sample
-
-    pipeline = sample.load(road)
-    assert {t.dtype for t in checkpoint.read_model(road)[1].values()} == {torch.bfloat16}
-    answer = sample.generate(
-        pipeline, [sample.Request([data.Segment("a star")])], steps=2, progress=False
-    )
-    assert len(answer[0].images) == 1
-
-
-def test_every_stage_logs_its_losses_apart(road):
+@pytest.fixture(scope="module")
+def road(tmp_path_factory, small_presets):
+    """Two steps of each stage, one after the other -> the folder before each stage."""
+    root, inits, init = tmp_path_factory.mktemp("road"), {}, None
     for name in train.STAGES:
-        lines = [json.loads(line) for line in (road / name / "log.jsonl").open()]
-        assert [line["step"] for line in lines] == [2]
-        wanted = {"text", "image"} if name in TRANSFORMER_STAGES else {"loss"}
-        assert wanted <= set(lines[0])
+        inits[name], init = init, run_stage(name, root / name, init)
+    return inits | {"end": init}
 
 
-def test_an_interrupted_road_goes_on_where_it_stopped(road, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train", lambda *a: pytest.fail("every stage is finished"))
-    train.train_all(FAST | {"out": str(road), "steps": 2})
+@pytest.fixture
+def stages(monkeypatch):
+    """Every stage that training makes, as it goes."""
+    made = []
+    for name, make in train.STAGES.items():
+        monkeypatch.setitem(train.STAGES, name, lambda *a, make=make: made.append(make(*a)) or made[-1])
+    return made
 
 
-@pytest.mark.parametrize("name", ["vae", "posttrain"])
-def test_resume_is_bitwise(road, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(train, "QUANTISE_FROM", 1)
-    monkeypatch.setattr(train, "REVIVE_EVERY", 3)
-    init = before(road, name)
-    train.train(name, config(name, tmp_path / "whole", init))
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(action): action(optimizer) is called before each step of the optimiser."""
 
-    class Stop(Exception):
-        pass
+    def set_action(action):
+        step = train.Optimizers.step
+        monkeypatch.setattr(train.Optimizers, "step", lambda self: (action(self), step(self)))
 
-    def save_and_stop(*args):
-        save_state(*args)
-        raise Stop
-
-    save_state = train.save_state
-    monkeypatch.setattr(train, "save_state", save_and_stop)
-    with pytest.raises(Stop):
-        train.train(name, config(name, tmp_path / "parts", init))
-    monkeypatch.setattr(train, "save_state", save_state)
-    train.train(name, train.make_config(name, {"out": str(tmp_path / "parts"), "resume": True}))
-    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    return set_action
 
 
-# --- What a stage trains ---
+# --- Every stage learns ---
 
-TRAINED = {
-    "vae": lambda name: True,
-    "decoder": lambda name: name.startswith(("decoder.", "post_quant_conv.")),
-    "chameleon": lambda name: name != "vision_embedding.codebook.weight",
-    "base": lambda name: name.startswith(("vision_embedding.", "diffusion_head.", "embed_tokens")),
-    "posttrain": lambda name: True,
-}
+LEFT = {"vae": 0.6, "decoder": 0.8, "chameleon": 0.5, "base": 0.9, "posttrain": 0.6}
 
 
 @pytest.mark.parametrize("name", train.STAGES)
-def test_a_stage_changes_what_it_trains_and_nothing_else(road, tmp_path, name):
-    settings = config(name, tmp_path / name, before(road, name))
-    stage = train.STAGES[name](settings)
-    trained = {n for n, p in stage.model.named_parameters() if p.requires_grad}
-    everything = {n for n, _ in stage.model.named_parameters()}
-    assert trained == {n for n in everything if TRAINED[name](n)}
-    groups = train.make_optimizer(stage.model, settings).param_groups
-    grouped = [p for group in groups for p in group["params"]]
-    assert len(grouped) == len({id(p) for p in grouped}) == len(trained)
-    start = {n: p.detach().clone() for n, p in stage.model.named_parameters()}
-    train.train(name, settings)
-    end = torch.load(tmp_path / name / "state.pt", weights_only=True)["weights"]
-    changed = {n for n in everything if not torch.equal(start[n], end[n])}
-    assert changed <= trained
-    still = trained - changed  # the codebook has no gradient in the first, unquantised steps
-    assert still <= ({"quantize.embedding.weight"} if name == "vae" else set())
-    if name == "base":
-        codes = slice(4, 4 + stage.model.config.num_codes)
-        moved = (start["embed_tokens.weight"] != end["embed_tokens.weight"]).any(1)
-        assert moved[codes].any() and not moved[: codes.start].any()
-        assert not moved[codes.stop :].any()
+def test_sixty_steps_on_one_batch_bring_the_loss_down(road, tmp_path, name):
+    changes = dict(steps=60, lr=3e-3, guidance_dropout=0.0, revive_every=10**6, log_every=10)
+    if name == "decoder":
+        changes["lr"] = 1e-2
+    run = run_stage(name, tmp_path / "run", road[name], Few(), **changes)
+    first, last = lines(run)[0]["loss"], lines(run)[-1]["loss"]
+    assert last < LEFT[name] * first
 
 
-def test_embeddings_and_vectors_have_no_weight_decay(road, tmp_path):
-    settings = config("posttrain", tmp_path / "x", before(road, "posttrain"))
-    model = train.STAGES["posttrain"](settings).model
-    groups = train.make_optimizer(model, settings).param_groups
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    layer = model.layers[0]
-    plain = (model.embed_tokens, model.vision_embedding.codebook, layer.self_attn.q_norm)
-    assert all(decay[id(module.weight)] == 0 for module in plain)
-    assert decay[id(layer.mlp.up_proj.weight)] > 0 and decay[id(model.lm_head.weight)] > 0
+# --- What a step is ---
 
 
-# --- The conversion Chameleon -> Orthus ---
+def test_what_is_differentiated_is_the_papers_loss_with_the_runs_own_lambda(
+    road, tmp_path, stages, at_step
+):
+    seen = {}
 
+    def keep(optimizer):
+        seen.update({n: p.grad.clone() for n, p in stages[0].model.named_parameters()})
 
-def test_base_starts_from_chameleon_and_a_head_that_outputs_zero(road, tmp_path):
-    settings = config("base", tmp_path / "x", before(road, "base"))
-    old, model = Orthus.from_pretrained(settings.init), train.to_orthus(settings)
-    assert (old.config.vision_embedding, old.config.image_head) == ("argmin", "tokens")
-    assert (model.config.vision_embedding, model.config.image_head) == ("softmax", "diffusion")
-    new = model.state_dict()
-    assert all(torch.equal(t, new[name]) for name, t in old.state_dict().items())
-    autoencoder = VQVAE.from_pretrained(settings.init)
-    codebook = autoencoder.quantize.embedding.weight
-    assert torch.equal(new["vision_embedding.codebook.weight"], codebook)
-    latents = autoencoder.encode(data.scene_images(5, 5, 32)[0]).flatten(0, 1)
-    assert model.vision_embedding.effective_codes(latents).median().item() == pytest.approx(
-        train.MIXED_CODES, rel=0.2
-    )
-    assert (latents * model.config.latent_scale).std().item() == pytest.approx(1, rel=0.1)
-    t = torch.randint(1000, (8,))
-    assert (model.diffusion_head(latents[:8], t, torch.randn(8, 64)) == 0).all()
-    model.vision_embedding.tau = 1e-9
-    assert torch.allclose(model.vision_embedding(latents), old.vision_embedding(latents))
-
-
-def test_dead_codes_are_revived_in_the_average_too(road, tmp_path):
-    settings = config("vae", tmp_path / "x", steps=1000)
-    stage = train.STAGES["vae"](settings)
-    codebook = stage.model.quantize.embedding.weight
+    at_step(keep)
+    options = dict(image_loss_weight=7.0, input_noise=0.0, steps=1, grad_clip=1e9, seed=3)
+    run_stage("posttrain", tmp_path / "run", road["posttrain"], **options)
+    model = Orthus.from_pretrained(road["posttrain"])
+    batch = make_stage("posttrain", road["posttrain"], **options).batch(World(), 0)[0]
     with torch.no_grad():
-        codebook[7] = 1e3  # so far away that no latent is near it
+        encoded = VQVAE.from_pretrained(road["posttrain"]).encode(batch.images).flatten(0, 1)
+    hidden, labels = model(batch.tokens, encoded)[:, :-1], batch.labels[:, 1:]
+    drawn = labels == model.config.image_id
+    text = (labels != -100) & ~drawn
+    wanted = batch.labels[batch.tokens == model.config.image_id] == model.config.image_id
+    generator = torch.Generator().manual_seed(3 * 2**32)
+    image = model.image_head.loss(hidden[drawn], encoded[wanted], generator=generator)
+    (F.cross_entropy(model.lm_head(hidden[text]), labels[text]) + 7.0 * image).backward()
+    for name, p in model.named_parameters():
+        close(seen[name], torch.zeros_like(p) if p.grad is None else p.grad, 1e-5, 1e-3)
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine(road, tmp_path, at_step):
+    rates = []
+    at_step(lambda optimizer: rates.append({g["lr"] for g in optimizer.param_groups}))
+    run = run_stage("decoder", tmp_path / "run", road["decoder"], steps=8, lr=1e-3, warmup=0.25)
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
+    assert [len(r) for r in rates] == [1] * 8
+    assert [r.pop() for r in rates] == pytest.approx([1e-3 * x for x in (0.5, 1.0, *cosine)])
+    assert [d["lr"] for d in lines(run)] == pytest.approx([1e-3 * x for x in (0.5, 1, *cosine)])
+
+
+def test_gradients_are_clipped_and_their_own_norm_is_logged(road, tmp_path, at_step):
+    norms = []
+
+    def keep(optimizer):
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        norms.append(torch.stack([g.norm() for g in grads]).norm().item())
+
+    at_step(keep)
+    run = run_stage("posttrain", tmp_path / "run", road["posttrain"], grad_clip=1e-3)
+    assert norms == pytest.approx([1e-3] * 2, rel=1e-2)
+    assert all(d["grad_norm"] > 1e-2 for d in lines(run))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_autocast_is_on_in_bf16_alone(road, tmp_path, monkeypatch, dtype):
+    seen, loss = [], Orthus.loss
+    look = lambda: torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    monkeypatch.setattr(Orthus, "loss", lambda *a: seen.append(look()) or loss(*a))
+    run_stage("posttrain", tmp_path / "run", road["posttrain"], dtype=dtype, steps=1)
+    assert set(seen) == {torch.bfloat16 if dtype == "bfloat16" else False}
+    assert state(tmp_path / "run")["weights"]["norm.weight"].dtype == torch.float32
+
+
+def test_muon_is_pytorchs():
+    torch.manual_seed(0)
+    begin = torch.randn(24, 40)
+    own, theirs = (torch.nn.Parameter(begin.clone()) for _ in range(2))
+    options = dict(lr=0.02, weight_decay=0.1)
+    ours = train.Muon([own], dtype=torch.bfloat16, **options)
+    peer = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
+    for _ in range(4):
+        own.grad = torch.randn(24, 40)
+        theirs.grad = own.grad.clone()
+        ours.step()
+        peer.step()
+    moved = (theirs - begin).norm()
+    assert (own - theirs).norm() < 0.02 * moved
+    exact = torch.nn.Parameter(begin.clone())
+    exact.grad = own.grad
+    train.Muon([exact], dtype=torch.float32, lr=1.0, weight_decay=0.0).step()
+    update = (begin - exact.detach()) / (0.2 * math.sqrt(40))
+    values = torch.linalg.svdvals(update)
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_orthogonalise_works_in_the_dtype_that_it_gets(shape, dtype):
+    torch.manual_seed(1)
+    update = train.orthogonalise(torch.randn(shape).to(dtype))
+    values = torch.linalg.svdvals(update.float())
+    assert update.dtype == dtype and update.shape == shape
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_what_is_saved_is_the_running_average(road, tmp_path, monkeypatch, stages):
+    weights, step = [], train.Optimizers.step
+
+    def keep(self):
+        step(self)
+        weights.append({n: p.detach().clone() for n, p in stages[0].model.named_parameters()})
+
+    monkeypatch.setattr(train.Optimizers, "step", keep)
+    run = run_stage("posttrain", tmp_path / "run", road["posttrain"], steps=6, ema=0.3, lr=1e-2)
+    average = dict(Orthus.from_pretrained(road["posttrain"]).named_parameters())
+    for i, now in enumerate(weights):
+        decay = min(0.3, (1 + i) / (10 + i))
+        average = {n: decay * average[n].detach() + (1 - decay) * now[n] for n in now}
+    saved = checkpoint.open_checkpoint(run).tensors("model")
+    assert saved.keys() == average.keys()
+    for n in average:
+        close(saved[n], average[n], 1e-6)
+        assert torch.equal(state(run)["weights"][n], weights[-1][n])
+    assert max((saved[n] - weights[-1][n]).abs().max() for n in average) > 1e-4
+
+
+# --- Noise ---
+
+
+def test_input_noise_is_on_what_is_read_of_output_images_alone(road):
+    stage = make_stage("posttrain", road["posttrain"], input_noise=0.5)
+    batch, seen = stage.batch(World(), 0)[0], {}
+    clean = stage.vae.encode(batch.images).flatten(0, 1)
+
+    def look(tokens, latents, labels, generator, targets, shares):
+        seen.update(read=latents, targets=targets)
+        return Orthus.loss(stage.model, tokens, latents, labels, generator, targets, shares)
+
+    stage.model.loss = look
+    stage.losses(batch, 0, torch.Generator().manual_seed(0))
+    drawn = batch.labels[batch.tokens == stage.model.config.image_id] != -100
+    noise = (seen["read"] - clean) / clean.std()
+    assert 0.45 < noise[drawn].std() < 0.55 and drawn.any()
+    assert not noise[~drawn].any() and not drawn.all()
+    close(seen["targets"], clean)
+
+
+@pytest.mark.parametrize("name", ["vae", "decoder"])
+def test_what_the_decoder_reads_is_noisy(road, monkeypatch, name):
+    stage = make_stage(name, road[name], latent_noise=0.4, quantise_from=100)
+    batch, seen = stage.batch(World(), 0)[0], []
+    clean, decode = stage.model.encode(batch[0]), stage.model.decode
+    monkeypatch.setattr(stage.model, "decode", lambda z: seen.append(z) or decode(z))
+    stage.losses(batch, 0, torch.Generator().manual_seed(0))
+    noise = (seen[0] - clean) / clean.std()
+    assert 0.36 < noise.std() < 0.44
+
+
+# --- Codes ---
+
+
+def test_revived_codes_start_anew_in_moments_and_average():
+    options = dict(steps=10, quantise_from=1, revive_every=4, revive_until=0.5, batch_size=64)
+    stage = make_stage("vae", **options)
+    optimizer = train.make_optimizer(stage.model, make_config("vae", **options), torch.float32)
     average = {n: p.detach().clone() for n, p in stage.model.named_parameters()}
-    optimizer = train.make_optimizer(stage.model, settings)
-    stage.after_step(train.REVIVE_EVERY - 1, optimizer, average)
-    assert codebook[7].abs().max() < 100
-    assert torch.equal(codebook[7], average["quantize.embedding.weight"][7])
+    book = stage.model.quantize.embedding.weight
+
+    def set_moments() -> list:
+        stage.losses(stage.batch(World(), 0)[0], 5, torch.Generator())["loss"].backward()
+        optimizer.step()
+        moments = [m for k, m in optimizer.state(book).items() if k != "step"]
+        for moment in moments:
+            moment.fill_(1)
+        return moments
+
+    set_moments()
+    for step in range(10):
+        moments, before = set_moments(), book.detach().clone()
+        stage.after_step(step, optimizer, average)
+        changed = (book != before).any(1)
+        assert bool(changed.any()) == (step in (0, 3))  # at quantise_from all of them, then dead ones
+        assert len(moments) == 2
+        for moment in moments:
+            assert (moment[changed] == 0).all() and (moment[~changed] == 1).all()
+        assert torch.equal(average["quantize.embedding.weight"][changed], book[changed])
+        assert step != 0 or changed.all()
+        assert step != 3 or not changed.all()
 
 
-def test_an_autoencoder_that_goes_on_holds_its_latents_where_there_is_no_detail(road, tmp_path):
-    stage = train.STAGES["vae"](config("vae", tmp_path / "x", road / "decoder"))
-    ((images, detail),) = stage.batch(0)
-    moved = lambda detail: stage.losses((images, detail), torch.Generator())["moved"].item()
-    assert moved(detail) == 0 and 0 < detail.mean() < 0.1
-    with torch.no_grad():
-        stage.model.quant_conv.bias += 0.1
-    assert moved(torch.zeros_like(detail)) > moved(detail) > 0
-    assert moved(torch.ones_like(detail)) == 0
+# --- Initial values ---
 
 
-def test_the_autoencoders_loss_is_the_sum_of_its_parts(road, tmp_path):
-    stage = train.STAGES["vae"](config("vae", tmp_path / "x"))
-    generator = torch.Generator().manual_seed(train.QUANTISE_FROM)  # train() seeds by the step
-    parts = {k: v.item() for k, v in stage.losses(stage.batch(0)[0], generator).items()}
-    share = 1 / 6  # of six images, the first is quantised
-    wanted = share * parts["quantised"] + (1 - share) * parts["continuous"]
-    wanted += (1 + train.COMMITMENT) * parts["commitment"] + train.ISOTROPY * parts["anisotropy"]
-    assert parts["loss"] == pytest.approx(wanted, rel=1e-4)
-    error, detail = torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 4, 4)
-    error[..., 0, 0] = detail[..., 0, 0] = 1
-    plain = train.reconstruction_loss(error, 0 * error, 0 * detail).item()
-    weighted = train.reconstruction_loss(error, 0 * error, detail).item()
-    assert weighted == pytest.approx(plain + train.DETAIL_WEIGHT)
+def test_initial_values_are_those_of_the_paper(road):
+    torch.manual_seed(0)
+    model = Orthus(orthus.OrthusConfig.preset("nano", hidden_size=128, num_hidden_layers=8))
+    for layer in model.layers:
+        for p in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            assert p.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
+        assert layer.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    head = make_stage("base", road["base"]).model.image_head
+    for linear in (head.cond_embed, head.input_proj, head.res_blocks[0].mlp[0]):
+        bound = math.sqrt(6 / sum(linear.weight.shape))
+        assert 0.9 * bound < linear.weight.abs().max() <= bound
 
 
-def test_isotropic_latents_are_known_from_flat_ones():
-    white = torch.randn(64, 16, 32, generator=torch.Generator().manual_seed(0))
-    flat = white * (torch.arange(32) < 4)
-    assert train.anisotropy(white) < 0.1
-    assert train.anisotropy(5 * white + 3).item() == pytest.approx(train.anisotropy(white).item())
-    assert train.anisotropy(flat).item() == pytest.approx(7, rel=0.1)  # (4 (8 - 1)^2 + 28) / 32
+# --- The log ---
 
 
-# --- Data, schedule, average ---
-
-
-def test_batches_depend_on_seed_and_step_alone(road, tmp_path):
-    settings = config("posttrain", tmp_path / "x", before(road, "posttrain"))
-    stage = train.STAGES["posttrain"](settings)
-    here = [b for b, _ in zip(train.batches(stage, settings, 0), range(3), strict=False)]
-    worker = dataclasses.replace(settings, workers=1)
-    there = [b for b, _ in zip(train.batches(stage, worker, 1), range(2), strict=False)]
-    for a, b in zip(here[1:], there, strict=True):
-        assert torch.equal(a[0].batch.tokens, b[0].batch.tokens)
-        assert torch.equal(a[0].batch.images, b[0].batch.images)
-    assert here[0][0].batch.tokens.tolist() != here[1][0].batch.tokens.tolist()
-
-
-def test_micro_batches_add_up_to_the_whole(road, tmp_path):
-    sums = []
-    for parts in (1, 3):
-        settings = config(
-            "chameleon", tmp_path / str(parts), before(road, "chameleon"), micro_batches=parts
-        )
-        stage = train.STAGES["chameleon"](settings)
-        micro = stage.batch(0)
-        assert len(micro) == parts
-        losses = [stage.losses(m, torch.Generator()) for m in micro]
-        sums.append({key: sum(part[key].item() for part in losses) for key in losses[0]})
-    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
-
-
-def test_a_tenth_of_the_prompts_for_images_is_the_unconditional_one(road, tmp_path):
-    settings = config(
-        "posttrain", tmp_path / "x", before(road, "posttrain"), batch_size=600, micro_batches=1,
-        without="understanding,editing,difference,in_context,story",
+def test_a_line_is_the_mean_over_its_steps(road, tmp_path):
+    each, mean = (run_stage("posttrain", tmp_path / str(n), road["posttrain"], steps=4, log_every=n)
+                  for n in (1, 4))  # fmt: skip
+    assert len(lines(each)) == 4 and len(lines(mean)) == 1
+    for key in ("loss", "text", "image", "grad_norm", "codes_mixed"):
+        values = [d[key] for d in lines(each)]
+        assert lines(mean)[0][key] == pytest.approx(sum(values) / 4, rel=1e-4)
+    last = lines(mean)[0]
+    assert 0 < last["waiting"] < 1
+    assert last["tokens_per_second"] > 10 * last["examples_per_second"] > 0
+    quarters = [last[f"held_out_image_t{low}"] for low in (0, 250, 500, 750)]
+    assert len(set(quarters)) == 4
+    assert last["held_out_loss"] == pytest.approx(
+        last["held_out_text"] + 5 * last["held_out_image"], rel=1e-4
     )
-    stage = train.STAGES["posttrain"](settings)
-    (micro,) = stage.batch(0)
-    tokenizer = data.Tokenizer.from_pretrained(settings.out)
-    texts = [tokenizer.decode(row) for row in micro.batch.tokens.tolist()]
-    assert 0.06 < sum(t == train.UNCONDITIONAL for t in texts) / len(texts) < 0.14
 
 
-def test_a_dropped_prompt_leaves_images_without_text_or_the_unconditional_sentence():
-    rng = random.Random(0)
-    for make, given in ((data.editing, 1), (data.in_context, 3)):
-        example = make(rng, "recolour")
-        left = [train.drop_prompt(example.segments, rng) for _ in range(40)]
-        assert all(segments[-1] is example.segments[-1] for segments in left)
-        pictures = [s for s in example.segments if not isinstance(s.content, str)]
-        contexts = [segments[:-1] for segments in left]
-        assert all(c in ([data.Segment(train.UNCONDITIONAL)], pictures[:given]) for c in contexts)
-        assert {len(c) for c in contexts} == {1, given} and pictures[:given] in contexts
-    story = data.story(rng).segments
-    frames = {id(train.drop_prompt(story, rng)[-1]) for _ in range(60)}
-    assert frames == {id(s) for s in story if s.output and not isinstance(s.content, str)}
+def test_pictures_grow_by_a_row(road, tmp_path):
+    heights = []
+    for steps in (1, 2):
+        run = run_stage("posttrain", tmp_path / str(steps), road["posttrain"], steps=steps,
+                        validate_every=1, pictures_every=1)  # fmt: skip
+        heights.append(Image.open(run / "samples.png").height)
+    assert heights[1] == 2 * heights[0]
 
 
-def test_tasks_can_be_left_out(road, tmp_path):
-    settings = config("posttrain", tmp_path / "x", road / "base", without="in_context,story")
-    assert set(train.choose_tasks(settings)) == set(data.TASKS) - {"in_context", "story"}
-    with pytest.raises(ValueError, match="'poetry'.*in_context"):
-        config("posttrain", tmp_path / "y", road / "base", without="poetry")
+# --- Batches ---
 
 
-def test_muon_trains_the_inner_matrices_and_adamw_the_rest(road, tmp_path):
-    settings = config("posttrain", tmp_path / "x", road / "base", optimizer="muon")
-    model = train.STAGES["posttrain"](settings).model
-    adamw, muon = train.make_optimizer(model, settings).parts
-    names = {id(p): n for n, p in model.named_parameters()}
-    inner = {names[id(p)] for g in muon.param_groups for p in g["params"]}
-    rest = {names[id(p)] for g in adamw.param_groups for p in g["params"]}
-    assert inner | rest == set(names.values()) and not inner & rest
-    ends = ("embed_tokens", "codebook", "lm_head", "final_layer.linear", "norm", "bias", "in_ln")
-    assert all(any(end in name for end in ends) for name in rest)
-    assert not any(any(end in name for end in ends) for name in inner)
+def test_two_micro_batches_are_one(road, tmp_path):
+    runs = [run_stage("chameleon", tmp_path / str(n), road["chameleon"], micro_batches=n,
+                      optimizer="adamw", weight_decay=0.0) for n in (1, 2)]  # fmt: skip
+    one, two = map(lines, runs)
+    for key in ("loss", "text", "image", "grad_norm"):
+        assert [d[key] for d in one] == pytest.approx([d[key] for d in two], rel=1e-4)
+    for n, p in state(runs[0])["average"].items():
+        close(state(runs[1])["average"][n], p, 2e-4)
 
 
-def test_learning_rate_warms_up_and_decays_to_zero():
-    settings = train.TrainConfig(steps=100, lr=1.0, warmup=0.1)
-    rates = [train.learning_rate(settings, step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 == rates[10]
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.001
+def test_data_depend_on_seed_and_step_alone(road, tmp_path):
+    runs = [run_stage("posttrain", tmp_path / str(n), road["posttrain"], workers=n) for n in (0, 2)]
+    assert same(*map(state, runs))
+    stage = make_stage("posttrain", road["posttrain"])
+    a, b, other = (stage.batch(World(), step)[0] for step in (3, 3, 4))
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.images, b.images)
+    assert not torch.equal(a.images, other.images)
 
 
-def test_average_follows_the_weights():
-    model = torch.nn.Linear(2, 2)
-    average = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-    train.update_average(average, model, 0.9, 10**6)
-    assert torch.allclose(average["weight"], 0.1 * model.weight)
+def test_a_share_of_prompts_is_dropped_for_guidance(road):
+    def dropped(share: float) -> float:
+        stage = make_stage("posttrain", road["posttrain"], guidance_dropout=share, batch_size=400)
+        (batch,) = stage.batch(World(), 0)
+        own = stage.model.config
+        words = data.Tokenizer(stage.tokenizer, own.image_id + 1, own.unk_id)
+        texts = [words.decode(row.tolist()) for row in batch.tokens]
+        plain = sum(train.UNCONDITIONAL in text for text in texts)
+        alone = sum(not text.strip() for text in texts)  # an edit without its instruction
+        return (plain + alone) / 300  # a fourth of the examples draws nothing
+
+    assert dropped(0.0) == 0 and dropped(1.0) == 1
+    assert 0.2 < dropped(0.3) < 0.4
 
 
-# --- Bad input ---
+# --- Every field of TrainConfig changes what a run does ---
+
+# field: stage, its value, other fields of both runs
+FIELDS = {
+    "seed": ("vae", 5, {}), "steps": ("vae", 3, {}), "batch_size": ("vae", 4, {}),
+    "micro_batches": ("posttrain", 2, {}), "lr": ("vae", 1e-4, {}),
+    "warmup": ("vae", 1.0, {}), "optimizer": ("vae", "adamw", {}),
+    "betas": ("decoder", (0.5, 0.9), dict(steps=3)), "weight_decay": ("vae", 1.0, {}),
+    "grad_clip": ("vae", 1e-5, {}), "ema": ("decoder", 0.0, {}),
+    "quantise_from": ("vae", 0, {}), "quantised_share": ("vae", 0.5, {}),
+    "revive_every": ("vae", 1, dict(revive_until=1.0, quantise_from=0)),
+    "revive_until": ("vae", 1.0, dict(revive_every=1, quantise_from=0, revive_until=0.0)),
+    "commitment": ("vae", 10.0, {}), "detail_weight": ("vae", 5.0, {}),
+    "latent_noise": ("decoder", 0.0, {}), "isotropy": ("vae", 1.0, {}),
+    "image_loss_weight": ("posttrain", 50.0, {}), "vision_embedding": ("base", "linear", {}),
+    "image_head": ("base", "mse", {}), "tau": ("base", 77.0, {}),
+    "mixed_codes": ("base", 3.0, {}),
+    "prediction": ("base", "epsilon", dict(zero_terminal_snr=False)),
+    "zero_terminal_snr": ("base", False, {}), "diffusion_batch_multiplier": ("base", 1, {}),
+    "input_noise": ("posttrain", 0.0, {}), "guidance_dropout": ("posttrain", 1.0, {}),
+    "cache_latents": ("posttrain", 3, {}), "dtype": ("decoder", "bfloat16", {}),
+    "log_every": ("decoder", 2, {}), "save_every": ("decoder", 1, {}),
+    "validate_every": ("decoder", 1, {}),
+    "pictures_every": ("posttrain", 2, dict(validate_every=1)),
+}  # fmt: skip
+ELSEWHERE = {"preset", "device", "threads", "workers", "compile", "tensorboard"}
+
+
+def traces(run) -> tuple:
+    """All that a run leaves but for its times."""
+    timed = ("examples_per_second", "tokens_per_second", "waiting")
+    log = [{k: v for k, v in d.items() if k not in timed} for d in lines(run)]
+    files = sorted(str(p.relative_to(run)) for p in run.rglob("*"))
+    return files, log, state(run)
+
+
+@pytest.fixture(scope="module")
+def known_traces():
+    return {}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_shows_in_what_a_run_leaves(road, tmp_path, known_traces, name):
+    stage, value, more = FIELDS[name]
+    key = stage, str(more)
+    if key not in known_traces:
+        known_traces[key] = traces(run_stage(stage, tmp_path / "plain", road[stage], **more))
+    other = run_stage(stage, tmp_path / "other", road[stage], **(more | {name: value}))
+    assert not same(known_traces[key], traces(other))
+
+
+def test_no_field_is_forgotten():
+    assert FIELDS.keys() | ELSEWHERE == {f.name for f in dataclasses.fields(train.TrainConfig)}
+
+
+def test_equal_fields_leave_equal_traces(road, tmp_path):
+    a, b = (traces(run_stage("vae", tmp_path / str(i))) for i in range(2))
+    assert same(a, b)
+
+
+def test_the_machine_is_as_asked(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(train, "has_fast_bf16", lambda device, fast=fast: fast)
+        config = make_config("vae", device="cpu", dtype="auto", threads=3)
+        assert train.choose_machine(config) == (torch.device("cpu"), dtype)
+    assert threads == [3, 3]
+    assert "no-such" in complaint(lambda: train.choose_machine(make_config("vae", device="no-such")))
+
+
+# --- Base ---
+
+
+def test_base_moves_the_way_in_and_the_head_alone(road, tmp_path):
+    before = checkpoint.open_checkpoint(road["base"]).tensors("model")
+    after = state(run_stage("base", tmp_path / "run", road["base"], weight_decay=0.1))["weights"]
+    config = orthus.OrthusConfig.preset("nano")
+    codes = range(config.image_code_start, config.image_code_start + config.num_codes)
+    for name in before:
+        moved = (before[name] != after[name]).flatten(1).any(1) if before[name].ndim > 1 else None
+        if name == "embed_tokens.weight":
+            assert moved[codes.start : codes.stop].any()
+            assert not moved[: codes.start].any() and not moved[codes.stop :].any()
+        elif name != "vision_embedding.codebook.weight":
+            assert torch.equal(before[name], after[name]), name
+
+
+def test_base_measures_scale_and_temperature_and_begins_at_zero(road):
+    model = make_stage("base", road["base"], mixed_codes=50.0, batch_size=32).model
+    images = torch.stack([data.to_tensor(World().picture(i), 32) for i in range(32)])
+    with torch.no_grad():
+        latents = VQVAE.from_pretrained(road["base"]).encode(images).flatten(0, 1)
+        mixed = model.vision_embedding.effective_codes(latents).median().item()
+        output = model.image_head(latents, torch.zeros(len(latents), dtype=torch.long),
+                                  torch.randn(len(latents), 32))  # fmt: skip
+    assert mixed == pytest.approx(50, rel=0.3)
+    assert (latents * model.config.latent_scale).std().item() == pytest.approx(1, rel=0.1)
+    assert not output.any()
+
+
+@pytest.mark.parametrize("way", [dict(vision_embedding="linear"), dict(vision_embedding="argmin"),
+                                 dict(image_head="mse"), dict(image_head="tokens")])  # fmt: skip
+def test_every_ablation_trains_and_samples(road, tmp_path, way):
+    run = run_stage("base", tmp_path / "run", road["base"], steps=1, **way)
+    run = run_stage("posttrain", tmp_path / "next", run, steps=1)
+    pipeline = sample.load(run)
+    assert {k: getattr(pipeline.model.config, k) for k in way} == way
+    request = sample.Request([Segment("a dark disc")])
+    (answer,) = sample.generate(pipeline, [request], progress=False, steps=2, min_images=1)
+    assert len(answer.images) >= 1
+
+
+# --- Nothing is lost ---
+
+
+@pytest.fixture
+def cli(road, capsys, monkeypatch):
+    """Run train.py's command line -> exit code and what it wrote on stderr."""
+
+    def run(*args) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        code = 0
+        try:
+            train.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def flags(run, init, *more) -> list:
+    fast = FAST | dict(steps=6, save_every=2)
+    pairs = [(f"--{k.replace('_', '-')}", v) for k, v in fast.items()]
+    return ["decoder", "--out", run, "--init", init, *itertools.chain(*pairs), *more]
+
+
+def resume(run, *more) -> list:
+    return ["decoder", "--out", run, "--resume", *more]
+
+
+def in_child(args, until) -> None:
+    """Start training in a process of its own, and kill it when until() holds."""
+
+    def body():
+        sys.argv = ["train.py", *map(str, args)]
+        train.main()
+
+    child = multiprocessing.get_context("fork").Process(target=body)
+    child.start()
+    limit = time.time() + 20
+    while not until() and child.is_alive() and time.time() < limit:
+        time.sleep(0.002)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+
+
+def test_a_run_goes_on_from_kills_at_random_moments_to_the_bit(road, tmp_path, cli):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli(*flags(whole, road["decoder"]))[0] == 0
+    in_child(flags(parts, road["decoder"]), (parts / "run.json").is_file)  # before the first save
+    rng = random.Random(time.time_ns())
+    for _ in range(2):
+        moment = time.time() + rng.uniform(0, 0.5)
+        in_child(resume(parts), lambda moment=moment: time.time() > moment)
+    if (train.newest_save(parts) or parts).name != "step-00000006":
+        code, said = cli(*resume(parts))
+        assert code == 0, said
+    assert same(state(whole), state(parts))
+    assert [d["step"] for d in lines(parts)] == [1, 2, 3, 4, 5, 6]
+    assert [d["loss"] for d in lines(parts)] == [d["loss"] for d in lines(whole)]
+    assert len(list(parts.glob("step-*"))) == 2
+
+
+def interrupt_at(monkeypatch, number: int, action) -> None:
+    update, calls = train.update_average, itertools.count()
+
+    def wrapped(*args):
+        update(*args)
+        if next(calls) == number:
+            action()
+
+    monkeypatch.setattr(train, "update_average", wrapped)
+
+
+def press_ctrl_c():
+    raise KeyboardInterrupt
+
+
+def test_sigterm_saves_and_ends_well(road, tmp_path, cli, monkeypatch):
+    interrupt_at(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli(*flags(tmp_path / "run", road["decoder"]))[0] == 0
+    assert train.newest_save(tmp_path / "run").name == "step-00000003"
+
+
+def test_ctrl_c_before_the_first_save_tells_the_truth(road, tmp_path, cli, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 0, press_ctrl_c)
+        code, said = cli(*flags(run, road["decoder"]))
+    assert code == 130 and "begins anew" in said
+    assert cli(*resume(run))[0] == 0
+    assert [d["step"] for d in lines(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_nan_stops_the_run_and_its_advice_works(road, tmp_path, cli, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        error = train.reconstruction_loss
+        calls = itertools.count()
+        patch.setattr(train, "reconstruction_loss",
+                      lambda *a: error(*a) * (math.nan if next(calls) == 3 else 1))  # fmt: skip
+        code, said = cli(*flags(run, road["decoder"]))
+    assert code == 2 and "lower --lr" in said and "step-00000002" in said
+    assert cli(*resume(run))[0] == 0
+    assert all(math.isfinite(d["loss"]) for d in lines(run)) and len(lines(run)) == 6
+
+
+def test_a_full_disk_keeps_the_save_before(road, tmp_path, cli, monkeypatch):
+    for n, error in enumerate((OSError(28, "No space left on device"), RuntimeError("write failed"))):
+        run, write, calls = tmp_path / str(n), torch.save, itertools.count()
+
+        def fails(*args, write=write, calls=calls, error=error):
+            if next(calls) == 1:
+                raise error
+            write(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", fails)
+            code, said = cli(*flags(run, road["decoder"]))
+        assert code == 2 and "cannot be written" in said
+        assert [p.name for p in run.glob("step-*")] == ["step-00000002"]
+        assert cli(*resume(run))[0] == 0
+
+
+@pytest.fixture
+def stopped(road, tmp_path, cli, monkeypatch):
+    """A run with one save, of step 2."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, press_ctrl_c)
+        cli(*flags(tmp_path / "stopped", road["decoder"]))
+    return tmp_path / "stopped"
+
+
+def test_resume_needs_nothing_of_where_a_run_began(road, tmp_path, cli, stopped):
+    about = json.loads((stopped / "run.json").read_text())
+    checkpoint.write_json(stopped / "run.json", about | {"init": str(tmp_path / "gone")})
+    assert cli(*resume(stopped))[0] == 0
+
+
+def test_a_damaged_save_is_named(cli, stopped):
+    path = stopped / "step-00000002" / "state.pt"
+    content, mark = path.read_bytes(), path.with_name("state.sha256")
+
+    def refused(word: str) -> None:
+        code, said = cli(*resume(stopped))
+        error = said.splitlines()[-1]
+        assert code == 2 and word in error and "Traceback" not in said
+
+    path.write_bytes(content[:-200] + bytes([content[-200] ^ 1]) + content[-199:])
+    refused("damaged")
+    for wrong in ([1], {"step": 2}, {"step": 2, "weights": {}, "average": {}, "optimizer": []}):
+        torch.save(wrong, path)
+        mark.write_text(train.digest(path))
+        refused("state.pt")
+    path.write_bytes(b"no archive")
+    mark.write_text(train.digest(path))
+    refused("state.pt")
+    mark.unlink()
+    refused("cannot be resumed")
+
+
+def test_one_training_a_folder(cli, stopped):
+    with checkpoint.lock(stopped):
+        code, said = cli(*resume(stopped))
+    assert code == 2 and "in use" in said
+
+
+def test_a_folder_that_holds_anything_else_is_refused_at_once(road, tmp_path, cli, stopped):
+    assert "holds a run already" in cli(*flags(stopped, road["decoder"]))[1]
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text("{}")
+    code, said = cli(*flags(tmp_path / "foreign", road["decoder"]))
+    assert code == 2 and "config.json" in said
+    for broken in ("{", "[]", '{"stage": "decoder"}', '{"stage": "decoder", "world": 3}',
+                   '{"stage": "decoder", "world": [], "config": {"lr": "x"}, "init": ""}',
+                   '{"stage": "decoder", "world": [1], "config": {}, "init": ""}'):
+        (stopped / "run.json").write_text(broken)
+        code, said = cli(*resume(stopped))
+        assert code == 2 and len(said.splitlines()) == 1, broken
+    assert cli(*resume(tmp_path / "nothing"))[0] == 2
+
 
 BAD = {
-    "no checkpoint to start from": (["posttrain"], "--init"),
-    "missing checkpoint": (["posttrain", "--init", "/nowhere"], "nowhere"),
-    "nothing to resume": (["vae", "--resume"], "state.pt"),
-    "no steps": (["vae", "--steps", "0"], "--steps"),
-    "unknown stage": (["pretrain"], "pretrain"),
-    "unknown preset": (["vae", "--preset", "70b"], "70b"),
-    "absent device": (["vae", "--device", "cuda:99"], "cuda:99"),
-    "no threads": (["vae", "--threads", "-1"], "--threads"),
-    "unknown dtype": (["vae", "--dtype", "int8"], "int8"),
-}
+    "--ema nan": "nan", "--warmup -1": "-1", "--input-noise nan": "nan", "--lr inf": "inf",
+    "--guidance-dropout 2": "2", "--image-loss-weight -5": "-5", "--threads 1000000000": "10000",
+    "--steps 0": "0", "--tasks flying=1": "flying", "--tasks image=x": "image=x",
+    "--dtype int8": "int8", "--betas 0.9 2": "2", "--micro-batches 9": "9", "--seed -1": "-1",
+    "--max-objects 9": "9", "--digits nan": "nan", "--preset huge": "huge",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
-    args, wanted = BAD[case]
-    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as stop:
-        train.main()
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and wanted in said and said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_values_are_named_in_one_line(road, tmp_path, cli, bad):
+    code, said = cli(*flags(tmp_path / "run", road["decoder"], *bad.split()))
+    assert code == 2 and len(said.splitlines()) == 1 and BAD[bad] in said
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_run_resumes_its_own_stage_alone(road):
-    with pytest.raises(ValueError, match="stage decoder, not posttrain"):
-        train.make_config("posttrain", {"out": str(road / "decoder"), "resume": True})
+def test_places_that_cannot_be_are_named(road, tmp_path, cli, monkeypatch):
+    monkeypatch.setitem(orthus.PRESETS, "tiny", orthus.PRESETS["nano"] | dict(hidden_size=96))
+    cases = {
+        "--out is empty": flags("", road["decoder"]),
+        "nowhere": flags(tmp_path / "run", tmp_path / "nowhere"),
+        "--init": ["decoder", "--out", tmp_path / "run"],
+        "is a file": flags(__file__, road["decoder"]),
+        "preset nano": flags(tmp_path / "run", road["decoder"], "--preset", "7b"),
+    }
+    for word, args in cases.items():
+        code, said = cli(*args)
+        assert code == 2 and word in said and len(said.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
 
 
-def test_weights_that_are_not_numbers_are_never_saved(road, tmp_path):
-    settings = config("vae", tmp_path / "x", lr=1e30, log_every=50, steps=12, save_every=6)
-    with pytest.raises(ValueError, match="lower --lr"):
-        train.train("vae", settings)
-    assert not (tmp_path / "x" / "state.pt").exists()
+# --- Encoding ahead ---
 
 
-def test_a_run_is_never_overwritten_by_accident(road, tmp_path):
-    with pytest.raises(ValueError, match="--resume or another --out"):
-        config("vae", road / "vae")
-    for name in ("vae", "posttrain"):  # a published checkpoint has no state.pt
-        with pytest.raises(ValueError, match="would be overwritten; give another --out"):
-            config(name, road, road / "base")
-    train.start_run(config("posttrain", tmp_path, road / "base"), orthus.OrthusConfig())
-    config("posttrain", tmp_path, road / "base")  # as if stopped before its first save
+def test_latents_encoded_ahead_give_the_same_losses(road, tmp_path):
+    options = dict(guidance_dropout=0.0, steps=3)
+    plain, ahead = (run_stage("posttrain", tmp_path / str(n), road["posttrain"], cache_latents=n,
+                              **options) for n in (0, 24))  # fmt: skip
+    few = run_stage("posttrain", tmp_path / "few", road["posttrain"], Few(), **options)
+    assert not (plain / "encoded").exists() and (few / "encoded").exists()
+    assert [d["loss"] for d in lines(plain)] == pytest.approx([d["loss"] for d in lines(ahead)], rel=1e-3)
 
 
-def test_a_run_knows_todays_words(road, tmp_path):
-    shutil.copytree(road / "base", tmp_path / "old")
-    known = checkpoint.read_config(road)["generation"]
-    checkpoint.write(tmp_path / "old", {"generation": known | {"words": ["a", "red"], "steps": 7}})
-    settings = config("posttrain", tmp_path / "new", tmp_path / "old")
-    train.start_run(settings, orthus.OrthusConfig())
-    now = checkpoint.read_config(tmp_path / "new")["generation"]
-    assert now == known | {"words": data.shapes_words(), "steps": 7}
+def test_encoding_ahead_goes_on_where_it_was_interrupted(road, tmp_path):
+    autoencoder = VQVAE.from_pretrained(road["posttrain"])
+    whole = train.Encoded(World(), 150, autoencoder, tmp_path / "whole")
+
+    class Breaks(World):
+        def example(self, index):
+            if index == 100:
+                raise KeyboardInterrupt
+            return super().example(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        train.Encoded(Breaks(), 150, autoencoder, tmp_path / "parts")
+    with open(tmp_path / "parts" / "latents", "ab") as file:
+        file.write(b"torn")
+    asked, world = [], World()
+    example, world.example = world.example, lambda i: asked.append(i) or example(i)
+    parts = train.Encoded(world, 150, autoencoder, tmp_path / "parts")
+    assert min(asked) == 64 and len(parts) == 150
+    assert np.array_equal(whole.latents, parts.latents) and whole.segments == parts.segments
 
 
-def test_base_starts_from_a_chameleon_alone(road, tmp_path):
-    with pytest.raises(ValueError, match="go on with posttrain"):
-        train.train("base", config("base", tmp_path / "x", road / "posttrain"))
+# --- Other commands ---
 
 
-def test_a_codebook_of_another_size_is_refused(road, tmp_path, monkeypatch):
-    monkeypatch.setitem(orthus.PRESETS, "tiny", orthus.PRESETS["tiny"] | dict(latent_channels=16))
-    with pytest.raises(ValueError, match="latent_channels is 32"):
-        train.train("chameleon", config("chameleon", tmp_path / "x", road / "decoder"))
-    assert not (tmp_path / "x").exists()
+def test_curves_are_drawn_or_the_missing_package_is_named(road, tmp_path, cli, monkeypatch):
+    pytest.importorskip("matplotlib")
+    args = ["curves", road["posttrain"], road["end"], "--out", tmp_path / "curves.png"]
+    assert cli(*args)[0] == 0
+    assert Image.open(tmp_path / "curves.png").format == "PNG"
+    assert "no log.jsonl" in cli("curves", tmp_path, "--out", tmp_path / "x.png")[1]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, said = cli(*args)
+    assert code == 2 and said.count("\n") == 1 and "pip install matplotlib" in said
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    def interrupted(*args):
-        raise KeyboardInterrupt
+def test_tensorboard_is_asked_for(road, tmp_path, cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, said = cli(*flags(tmp_path / "run", road["decoder"], "--tensorboard"))
+    assert code == 2 and "pip install tensorboard" in said
 
-    monkeypatch.setattr(train, "train", interrupted)
-    monkeypatch.setattr(sys, "argv", ["train.py", "vae", "--out", str(tmp_path / "x")])
-    with pytest.raises(SystemExit) as stop:
-        train.main()
-    assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
+
+def test_the_whole_road_goes_on_where_it_stopped(tmp_path, cli, monkeypatch):
+    import evaluate
+
+    monkeypatch.setattr(evaluate, "report", lambda *a: "a table")
+    out, begun, begin = tmp_path / "all", [], train.start_run
+
+    def follow(name, *args):
+        begun.append(name)
+        if begun == ["vae", "decoder"]:
+            raise KeyboardInterrupt
+        begin(name, *args)
+
+    monkeypatch.setattr(train, "start_run", follow)
+    args = ["all", "--out", out, *itertools.chain(*[
+        (f"--{k.replace('_', '-')}", v) for k, v in FAST.items()])]  # fmt: skip
+    assert cli(*args)[0] == 130
+    assert cli(*args)[0] == 0
+    assert begun == ["vae", "decoder", "decoder", "chameleon", "base", "posttrain"]
+    assert {t.dtype for t in checkpoint.open_checkpoint(out).tensors("model").values()} == {torch.bfloat16}
+    sample.load(out)
+    assert cli(*args)[0] == 0 and len(begun) == 6
+    seeds = [json.loads((out / n / "run.json").read_text())["config"]["seed"] for n in train.STAGES]
+    assert seeds == [0, 0, 1, 2, 3]
+
+
+def test_flags_of_the_world_reach_the_data(road, tmp_path, cli):
+    more = ["--tasks", "editing", "--edits", "add=1", "--max-objects", 3, "--digits", 0.25,
+            "--captions", "two=1", "--questions", "count"]  # fmt: skip
+    code, said = cli(*flags(tmp_path / "run", road["decoder"], "--steps", 1, *more))
+    assert code == 0, said
+    world = checkpoint.open_checkpoint(tmp_path / "run").section("data")
+    assert world["tasks"] == {"editing": 1.0} and world["edits"] == {"add": 1.0}
+    assert world["max_objects"] == 3 and world["digits"] == 0.25
+    assert world["captions"] == {"two": 1.0} and world["questions"] == {"count": 1.0}
