@@ -93,7 +93,7 @@ class OrthusConfig:
              "vision_embedding 'argmin'"),
             (tokens and self.vision_embedding == "linear", "image_head 'tokens' needs a codebook; "
              "vision_embedding 'linear' has none"),
-            (len({*ids, *codes}) < len(ids) + len(codes), f"token ids {ids} are not distinct, or "
+            (len(set(ids)) < len(ids) or any(i in codes for i in ids), f"token ids {ids} are not distinct, or "
              f"among the image codes {codes}"),
             (max(*ids, codes.stop - 1) >= self.vocab_size, f"vocab_size {self.vocab_size} does not "
              f"hold token ids {ids} and image codes {codes}"),

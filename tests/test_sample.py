@@ -430,7 +430,7 @@ def test_photos_are_read_when_their_batch_begins(pipeline, tmp_path, monkeypatch
 # --- Budgets, notes, events ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_tokens", range(19, 60, 8))
+@pytest.mark.parametrize("max_tokens", [19, 27, 35, 36, 37, 54, 55])
 def test_the_budget_never_cuts_an_image(pipeline, max_tokens, monkeypatch):
     """Whatever the budget, every image that was begun has all its latents."""
     always(CONFIG.boi_id, monkeypatch)
