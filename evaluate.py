@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -253,50 +254,39 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
 
 def legible(things: list[Thing], image: Image.Image) -> list[bool]:
     """For each digit of a scene whether, of the ten that could stand there, a picture of the scene
-    (64, 64) shows the right one best."""
+    shows the right one best."""
     pixels, right = np.asarray(full_size(image), float), []
-    for i, thing in enumerate(things):
-        if thing.digit is None:
-            continue
+    for thing in (t for t in things if t.digit is not None):
         x, y = int(thing.x), int(thing.y)
-        box = slice(y - 5, y + 5), slice(x - 5, x + 5)
-        errors = []
-        for digit in range(10):
-            scene = [*things[:i], replace(thing, digit=digit), *things[i + 1 :]]
-            drawn = np.asarray(shapes.render(scene), float)
-            errors.append(np.square(drawn[box] - pixels[box]).sum())
+        box = slice(y - 5, y + 5), slice(x - 5, x + 5)  # no other thing reaches into it
+        drawn = (shapes.render([replace(thing, digit=digit)]) for digit in range(10))
+        errors = [np.square(np.asarray(d, float)[box] - pixels[box]).sum() for d in drawn]
         right.append(int(np.argmin(errors)) == thing.digit)
     return right
 
 
 @torch.no_grad()
-def autoencoder_report(vae: VQVAE, world: ShapesConfig, seed: int, scenes: int) -> dict:
+def autoencoder_report(vae: VQVAE, world: Shapes, seed: int, scenes: int) -> dict:
     """PSNR, SSIM, the share of scenes still readable and of digits still legible, after the codes
     and without them."""
-    device = next(vae.parameters()).device
-    rows = {kind: {name: [] for name in AUTOENCODER} for kind in ("quantised", "continuous")}
+    weight = next(vae.parameters())
+    names = "psnr", "ssim", "readable", "digits"
+    rows = {kind: {name: [] for name in names} for kind in ("quantised", "continuous")}
     for first in tqdm(range(0, scenes, 50), "autoencoder", unit="batch"):
-        batch = range(first, min(first + 50, scenes))
-        make = Shapes(seed, replace(world, digits=min(world.digits, 0.5))).random_scene
-        worlds = [make(random.Random(f"evaluate scene {seed} {i}")) for i in batch]
-        images = [to_tensor(shapes.render(things), vae.config.resolution) for things in worlds]
-        images = torch.stack(images).to(device)
-        latents = vae.encode(images.to(next(vae.parameters()).dtype))
+        rngs = [random.Random(f"evaluate scene {seed} {first + i}") for i in range(50)]
+        drawn = [world.random_scene(rng) for rng in rngs[: scenes - first]]
+        images = [to_tensor(shapes.render(things), vae.config.resolution) for things in drawn]
+        images = torch.stack(images).to(weight.device)
+        latents = vae.encode(images.to(weight.dtype))
         for kind, z in ("quantised", vae.lookup(vae.quantize(latents))), ("continuous", latents):
-            decoded = vae.decode(z).float().clamp(-1, 1)
-            rows[kind]["psnr"] += psnr((decoded + 1) / 2, (images + 1) / 2).tolist()
-            rows[kind]["ssim"] += ssim((decoded + 1) / 2, (images + 1) / 2).tolist()
-            for things, tensor in zip(worlds, decoded, strict=True):
-                picture = to_image(tensor)
-                rows[kind]["readable"].append(reads(things, detect(picture)))
-                rows[kind]["digits"] += legible(things, picture)
-    return {
-        kind: {name: float(np.mean(values or [math.nan])) for name, values in row.items()}
-        for kind, row in rows.items()
-    }
-
-
-AUTOENCODER = ("psnr", "ssim", "readable", "digits")
+            decoded, row = vae.decode(z).float().clamp(-1, 1), rows[kind]
+            row["psnr"] += psnr((decoded + 1) / 2, (images + 1) / 2).tolist()
+            row["ssim"] += ssim((decoded + 1) / 2, (images + 1) / 2).tolist()
+            for things, picture in zip(drawn, map(to_image, decoded), strict=True):
+                row["readable"].append(reads(things, detect(picture)))
+                row["digits"] += legible(things, picture)
+    mean = lambda values: float(np.mean(values or [math.nan]))
+    return {kind: {k: mean(v) for k, v in row.items()} for kind, row in rows.items()}
 
 
 # --- The tasks -----------------------------------------------------------------------------------
@@ -317,48 +307,23 @@ class Verdict:
     kept: float | None = None  # PSNR of what an edit should not have touched
 
 
-def in_turn(world: Shapes, task: str, seed: int, count: int, name: str) -> list[Example]:
-    """Held-out examples of a task, its kinds in turn."""
-    kinds = [k for k, weight in world.config.kinds(task).items() if weight] or [task]
+def held_out(config: ShapesConfig, task: str, seed: int, count: int, name: str) -> list[Example]:
+    """Held-out examples of a task, its kinds in turn. After captions come as many again of a sixth
+    of them that name a combination which training never shows."""
+    kinds = [kind for kind, weight in config.kinds(task).items() if weight] or [task]
+    make = getattr(Shapes(0, config), task)
     rngs = [random.Random(f"evaluate {name} {seed} {i}") for i in range(count)]
-    return [getattr(world, task)(rng, kinds[i % len(kinds)]) for i, rng in enumerate(rngs)]
-
-
-def caption_examples(config: ShapesConfig, seed: int, count: int) -> list[tuple[str, Example]]:
-    """(row of the table, example): the kinds in turn, then as many again of a sixth of them whose
-    caption names a combination that training never shows."""
-    examples = in_turn(Shapes(0, config), "text_to_image", seed, count, "caption")
-    rows = [(e.kind, e) for e in examples]
-    world, named = Shapes(0, config, allow_unseen=True), list(shapes.CAPTIONS)[2:]  # with colours
+    examples = [make(rng, kinds[i % len(kinds)]) for i, rng in enumerate(rngs)]
     pairs = {(colour, shape) for colour in config.colours for shape in config.shapes}
-    kinds = [kind for kind in named if config.captions.get(kind) and pairs & shapes.UNSEEN]
-    for i in range(math.ceil(count / 6) if kinds else 0):
-        rng, kind = random.Random(f"evaluate unseen {seed} {i}"), kinds[i % len(kinds)]
-        while not (example := world.text_to_image(rng, kind)).unseen:
-            pass
-        rows.append((UNSEEN, example))
-    return rows
-
-
-def ask_model(pipeline: Pipeline, examples: list[Example], task: str, seed: int, **options):
-    """Answers to the examples' prompts, each with a seed of its own (noise is never shared)."""
-    seeds = (random.Random(f"{task} {seed} {i}").getrandbits(62) for i in range(len(examples)))
-    requests = [Request(e.prompt, own) for e, own in zip(examples, seeds, strict=False)]
-    return generate(pipeline, requests, **options)
-
-
-def draw(pipeline: Pipeline, world: ShapesConfig, seed: int, count: int,
-         **options) -> list[Verdict]:
-    """Draw held-out captions and judge the pictures."""
-    rows, verdicts = caption_examples(world, seed, count), []
-    answers = ask_model(pipeline, [e for _, e in rows], "captions", seed, **options)
-    for (row, example), answer in zip(rows, answers, strict=True):
-        image = first_image(answer)
-        seen = detect(image)
-        right = bool(answer.images) and judge(example, seen)
-        label = example.segments[0].content + saw(seen) * (not right)
-        verdicts.append(Verdict(row, full_size(image), label, right))
-    return verdicts
+    named = [kind for kind in list(shapes.CAPTIONS)[2:] if kind in kinds]  # they name colours
+    if task == "text_to_image" and named and pairs & shapes.UNSEEN:
+        make = Shapes(0, config, allow_unseen=True).text_to_image
+        for i in range(math.ceil(count / 6)):
+            rng = random.Random(f"evaluate unseen {seed} {i}")
+            while not (example := make(rng, named[i % len(named)])).unseen:
+                pass
+            examples.append(example)
+    return examples
 
 
 def first_image(answer: Answer) -> Image.Image:
@@ -377,63 +342,85 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
     return page
 
 
-def answer_exactly(pipeline: Pipeline, examples: list[Example], task: str, seed: int,
-                   **options) -> list[Verdict]:
-    """Verdicts on answers in words: right if they are the expected ones to the letter."""
-    verdicts = []
-    answers = ask_model(pipeline, examples, task, seed, **options)
-    for example, answer in zip(examples, answers, strict=True):
-        *images, question, expected = (s.content for s in example.segments)
-        said = answer.text.strip()
-        label = f"{question}\n" + (said if said == expected else f"not {expected}, but {said}")
-        image = side_by_side(images)
-        verdicts.append(Verdict(example.kind, image, label, said == expected, said, expected))
-    return verdicts
+def drawn(example: Example, answer: Answer) -> list[Verdict]:
+    """A picture of a caption."""
+    image, row = first_image(answer), UNSEEN if example.unseen else example.kind
+    seen = detect(image)
+    right = bool(answer.images) and judge(example, seen)
+    label = example.segments[0].content + saw(seen) * (not right)
+    return [Verdict(row, full_size(image), label, right)]
 
 
-def edit(pipeline: Pipeline, examples: list[Example], task: str, seed: int,
-         **options) -> list[Verdict]:
-    """Edits of held-out scenes, told in words or by an example pair."""
-    verdicts = []
-    answers = ask_model(pipeline, examples, task, seed, **options)
-    for example, answer in zip(examples, answers, strict=True):
-        image = first_image(answer)
-        seen = detect(image)
-        right = bool(answer.images) and judge_edit(example, seen)
-        given = [s.content for s in example.segments[:-1]]
-        label = given.pop() if isinstance(given[-1], str) else ""
-        label += saw(seen) * (not right)
-        page = side_by_side([*given, image])
-        psnr_elsewhere = kept(example, image, seen) if answer.images else None
-        verdicts.append(Verdict(example.kind, page, label, right, kept=psnr_elsewhere))
-    return verdicts
+def said(example: Example, answer: Answer) -> list[Verdict]:
+    """An answer in words: right if it is the expected one to the letter."""
+    *images, question, expected = (s.content for s in example.segments)
+    text = answer.text.strip()
+    label = f"{question}\n" + (text if text == expected else f"not {expected}, but {text}")
+    page = side_by_side(images)
+    return [Verdict(example.kind, page, label, text == expected, text, expected)]
 
 
-def tell(pipeline: Pipeline, examples: list[Example], task: str, seed: int,
-         **options) -> list[Verdict]:
-    """Continue held-out stories: for each frame, whether it is true of its sentence and whether
-    the actors are still the same; a frame that is missing is neither, more are not looked at."""
-    verdicts = []
-    answers = ask_model(pipeline, examples, task, seed, **options)
-    for example, answer in zip(examples, answers, strict=True):
-        before, sentence, frames = example.before, "", []
-        for segment in answer.segments:
-            if isinstance(segment.content, str):
-                sentence = segment.content
-                continue
-            frames.append((segment.content, sentence, before, detect(segment.content)))
-            before, sentence = frames[-1][3], ""
-        blank = Image.new("RGB", (shapes.CANVAS,) * 2), "", [], []
-        actors = sorted(t.name for t in example.before)
-        for frame in range(shapes.FRAMES - 1):
-            image, sentence, before, seen = frames[frame] if frame < len(frames) else blank
-            right = bool(before) and judge_frame(sentence, before, seen)
-            same = sorted(t.name for t in seen) == actors
-            label = sentence.strip() + saw(seen) * (not right)
-            image = full_size(image)
-            verdicts.append(Verdict("frame is as its sentence", image, label, right))
-            verdicts.append(Verdict("actors stay the same", image, label, same))
-    return verdicts
+def edited(example: Example, answer: Answer) -> list[Verdict]:
+    """An edited scene, told in words or by an example pair."""
+    image = first_image(answer)
+    seen = detect(image)
+    right = bool(answer.images) and judge_edit(example, seen)
+    given = [s.content for s in example.segments[:-1]]
+    label = (given.pop() if isinstance(given[-1], str) else "") + saw(seen) * (not right)
+    elsewhere = kept(example, image, seen) if answer.images else None
+    return [Verdict(example.kind, side_by_side([*given, image]), label, right, kept=elsewhere)]
+
+
+def told(example: Example, answer: Answer) -> list[Verdict]:
+    """A story's frames: whether each is true of its sentence, and whether the actors are still the
+    same. A frame that is missing is neither; more are not looked at."""
+    before, sentence, verdicts = example.before, "", []
+    actors = sorted(t.name for t in before)
+    missing = [Segment(Image.new("RGB", (shapes.CANVAS,) * 2))] * (shapes.FRAMES - 1)
+    for segment in [*answer.segments, *missing]:
+        if not segment.is_image:
+            sentence = segment.content
+            continue
+        seen = detect(segment.content)
+        right, same = judge_frame(sentence, before, seen), sorted(t.name for t in seen) == actors
+        image, label = full_size(segment.content), sentence.strip() + saw(seen) * (not right)
+        verdicts.append(Verdict("frame is as its sentence", image, label, right))
+        verdicts.append(Verdict("actors stay the same", image, label, same))
+        before, sentence = seen, ""
+    return verdicts[: 2 * (shapes.FRAMES - 1)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A table of the report: how its examples are made, and who judges the answers."""
+
+    method: str  # of Shapes
+    stream: str  # names the examples' random stream
+    noise: str  # and that of the answers
+    count: str  # in COUNTS
+    verdicts: Callable[[Example, Answer], list[Verdict]]
+    share: float = 1.0  # of that count
+
+
+TASKS = {
+    "text to image": Task("text_to_image", "caption", "captions", "prompts", drawn),
+    "understanding": Task("understanding", "question", "questions", "questions", said),
+    "differences": Task("difference", "difference", "differences", "questions", said, 0.3),
+    "editing": Task("editing", "edit", "editing", "edits", edited),
+    "in-context editing": Task("in_context", "in context", "in_context", "in_context", edited),
+    "stories": Task("story", "story", "story", "stories", told),
+}
+
+
+def run_task(pipeline: Pipeline, examples: list[Example], task: Task, seed: int,
+             **options) -> list[Verdict]:
+    """Answer the examples' prompts, each with noise of its own, and judge the answers."""
+    seeds = [random.Random(f"{task.noise} {seed} {i}") for i in range(len(examples))]
+    requests = [Request(e.prompt, s.getrandbits(62)) for e, s in zip(examples, seeds, strict=True)]
+    if task.verdicts is said:  # guidance is for images
+        options |= {"cfg_scale": 1, "cfg_image": 1}
+    answers = generate(pipeline, requests, **options)
+    return [v for pair in zip(examples, answers, strict=True) for v in task.verdicts(*pair)]
 
 
 # --- Report --------------------------------------------------------------------------------------
@@ -446,6 +433,12 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     centre = (rate + width / 2) / (1 + width)
     half = math.sqrt(z * z * rate * (1 - rate) / max(1, total) + width * width / 4) / (1 + width)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rate(rights: list[bool]) -> dict:
+    right, total = sum(rights), len(rights)
+    share, interval = right / max(1, total), wilson(right, total)
+    return {"right": right, "total": total, "rate": share, "interval": interval}
 
 
 def tally(verdicts: list[Verdict]) -> dict[str, dict]:
@@ -461,30 +454,22 @@ def tally(verdicts: list[Verdict]) -> dict[str, dict]:
     rows["all"] = everything
     if unseen:
         rows[UNSEEN] = unseen
-    return {name: rate(sum(row), len(row)) for name, row in rows.items()}
-
-
-def rate(right: int, total: int) -> dict:
-    return {
-        "right": right,
-        "total": total,
-        "rate": right / max(1, total),
-        "interval": wilson(right, total),
-    }
+    return {name: rate(row) for name, row in rows.items()}
 
 
 def pope(verdicts: list[Verdict]) -> dict[str, dict]:
     """The measures of POPE (Li et al. 2305.10355) over the yes/no questions."""
     asked = [v for v in verdicts if v.expected in ("yes", "no")]
-    yes = [v for v in asked if v.said == "yes"]
-    true = [v for v in asked if v.expected == "yes"]
-    found = sum(v.expected == "yes" for v in yes)
     return {
-        "accuracy": rate(sum(v.right for v in asked), len(asked)),
-        "precision": rate(found, len(yes)),
-        "recall": rate(found, len(true)),
-        "yes-rate": rate(len(yes), len(asked)),
+        "accuracy": rate([v.right for v in asked]),
+        "precision": rate([v.expected == "yes" for v in asked if v.said == "yes"]),
+        "recall": rate([v.said == "yes" for v in asked if v.expected == "yes"]),
+        "yes-rate": rate([v.said == "yes" for v in asked]),
     }
+
+
+def tables(results: dict) -> dict[str, dict]:
+    return {name: rows for name, rows in results.items() if name in TASKS or name == "pope"}
 
 
 def show(results: dict) -> str:
@@ -493,16 +478,27 @@ def show(results: dict) -> str:
     for kind, row in results["autoencoder"].items():
         rates = f"{row['readable']:10.1%}{row['digits']:10.1%}"
         lines.append(f"  {kind:22}{row['psnr']:8.2f}{row['ssim']:8.3f}{rates}")
-    for task in TASKS:
-        if task in results:
-            lines += ["", f"{task:24}{'right':>8}{'total':>8}{'rate':>10}   95% interval"]
-        for name, row in results.get(task, {}).items():
+    for task, rows in tables(results).items():
+        lines += ["", f"{task:24}{'right':>8}{'total':>8}{'rate':>10}   95% interval"]
+        for name, row in rows.items():
             if name == "psnr elsewhere":
                 lines.append(f"  {name:22}{row:23.2f} dB")
                 continue
             low, high = row["interval"]
             counts = f"{row['right']:8}{row['total']:8}{row['rate']:10.1%}"
             lines.append(f"  {name:22}{counts}   {low:.1%} to {high:.1%}")
+    return "\n".join(lines)
+
+
+def over_seeds(runs: list[dict]) -> str:
+    """The mean and range of every rate over several seeds."""
+    title = "over seeds " + ", ".join(str(run["seed"]) for run in runs)
+    lines = [f"{title:34}{'mean':>8}{'range':>20}"]
+    for task, rows in tables(runs[0]).items():
+        for name in (n for n, row in rows.items() if isinstance(row, dict)):
+            rates = [run[task][name]["rate"] for run in runs]
+            span = f"{min(rates):.1%} to {max(rates):.1%}"
+            lines.append(f"  {task + ', ' + name:32}{sum(rates) / len(rates):8.1%}{span:>20}")
     return "\n".join(lines)
 
 
@@ -514,6 +510,50 @@ def contact_sheet(verdicts: list[Verdict], columns: int = 12, lines: int = 8) ->
     cells = [(v.image, v.label, (20, 120, 50) if v.right else (200, 30, 30)) for v in shown]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return sheet(rows, (3 * width, 3 * height))
+
+
+COUNTS = {"prompts": 500, "questions": 500, "edits": 300, "in_context": 300, "stories": 100}
+
+
+def evaluate_shapes(directory: str | Path, seed: int = 1000, counts: dict[str, int] = COUNTS,
+                    samples: Path | None = None, device="cpu", scenes: int = 500, **options):
+    """Everything that `evaluate.py shapes` reports, as JSON has it: of the tasks and kinds that the
+    checkpoint's world has. scenes: held-out ones for the autoencoder."""
+    source = checkpoint.open_checkpoint(directory)
+    fields = source.config.get("data", {})
+    config = checkpoint.build(ShapesConfig, fields, f"{source}, section 'data'")
+    config = replace(config, digits=min(config.digits, 0.5))
+    vae = VQVAE.from_pretrained(source, device, torch.float32)
+    results = {"checkpoint": str(directory), "seed": seed} | options
+    results["autoencoder"] = autoencoder_report(vae, Shapes(0, config), seed, scenes)
+    if any(counts.values()):
+        pipeline = load(source, device)
+        results["defaults"] = {k: v for k, v in vars(pipeline.defaults).items() if k != "words"}
+    for title, task in TASKS.items():
+        count = math.ceil(task.share * counts[task.count])
+        if not (count and config.tasks.get(task.method)):
+            continue
+        examples = held_out(config, task.method, seed, count, task.stream)
+        verdicts = run_task(pipeline, examples, task, seed, **options)
+        results[title] = tally(verdicts)
+        if any(v.row == "exists" for v in verdicts):
+            results["pope"] = pope(verdicts)
+        if title == "stories":  # its rows are two views of the same frames
+            del results[title]["all"]
+        if measured := [v.kept for v in verdicts if v.kept is not None]:
+            results[title]["psnr elsewhere"] = float(np.mean(measured))
+        if samples:
+            shown = verdicts[::2] if title == "stories" else verdicts  # each frame once
+            contact_sheet(shown).save(samples / (title.replace(" ", "_") + ".png"))
+    return results
+
+
+def report(directory: str | Path, folder: Path, count: int = 300) -> str:
+    """The table of a model just trained; evaluation.json and sheets of pictures into a folder."""
+    counts = dict.fromkeys(COUNTS, count)
+    results = evaluate_shapes(directory, counts=counts, samples=folder, scenes=200)
+    checkpoint.write_json(folder / "evaluation.json", results)
+    return show(results)
 
 
 # --- Speed ---------------------------------------------------------------------------------------
@@ -532,24 +572,18 @@ def naive_sample(head: DiffusionHead, hidden: Tensor, weights, steps: int, noise
     return x / head.latent_scale
 
 
-def latents_recomputed(pipeline: Pipeline, tokens: Tensor, latents: Tensor) -> Tensor:
-    """Hidden states (L, D) of an image fed latent by latent, everything run again for each."""
-    mark = torch.full_like(tokens[:, :1], pipeline.model.config.image_id)
-    steps = []
+def image_states(model: Orthus, tokens: Tensor, latents: Tensor, cached: bool) -> Tensor:
+    """Hidden states (L, D) of an image fed latent by latent: each run once, or everything again."""
+    mark, weight = torch.full_like(tokens[:, :1], model.config.image_id), model.norm.weight
+    length = tokens.shape[1] + len(latents)
+    cache = KVCache(model.config, 1, length, weight.device, weight.dtype) if cached else None
+    if cached:
+        model(tokens, latents[:0], cache)
+    states = []
     for n in range(1, len(latents) + 1):
-        row = torch.cat([tokens, mark.expand(1, n)], 1)
-        steps.append(pipeline.model(row, latents[:n])[0, -1])
-    return torch.stack(steps)
-
-
-def latents_cached(pipeline: Pipeline, tokens: Tensor, latents: Tensor) -> Tensor:
-    """The same with a cache: each latent is run once."""
-    model = pipeline.model
-    length, weight = tokens.shape[1] + len(latents), model.norm.weight
-    cache = KVCache(model.config, 1, length, weight.device, weight.dtype)
-    model(tokens, latents[:0], cache)
-    mark = torch.full_like(tokens[:, :1], model.config.image_id)
-    return torch.stack([model(mark, latent[None], cache)[0, -1] for latent in latents])
+        row = mark if cached else torch.cat([tokens, mark.expand(1, n)], 1)
+        states.append(model(row, latents[n - 1 if cached else 0 : n], cache)[0, -1])
+    return torch.stack(states)
 
 
 class Operators(TorchDispatchMode):
@@ -579,17 +613,14 @@ def operators(device) -> tuple[int, int]:
     return head.count, backbone.count
 
 
-def start_up(checkpoint_directory: str) -> tuple[float, float]:
+def start_up(directory: str) -> tuple[float, float]:
     """Seconds of a bare import of PyTorch, and from process start to a picture."""
-    here = Path(__file__).parent
-    commands = (["-c", "import torch"], [str(here / "sample.py"), "--checkpoint",
-                checkpoint_directory, "--prompt", "a red circle", "--output"])  # fmt: skip
-    times = []
+    times, program = [], str(Path(__file__).parent / "sample.py")
     with tempfile.TemporaryDirectory() as folder:
-        for command in commands:
-            more = [folder] if command[0] != "-c" else []
+        drawing = [program, "--checkpoint", directory, "--prompt", "a red circle"]
+        for command in ["-c", "import torch"], [*drawing, "--output", folder]:
             started = time.perf_counter()
-            subprocess.run([sys.executable, *command, *more], check=True, capture_output=True)
+            subprocess.run([sys.executable, *command], check=True, capture_output=True)
             times.append(time.perf_counter() - started)
     return times[0], times[1]
 
@@ -623,8 +654,8 @@ def speed(args: argparse.Namespace) -> None:
             lambda: head.sample(hidden, (3.0, -2.0), 100, noise),
         ),
         f"{size[0]} latents with the cache": (
-            lambda: latents_recomputed(pipeline, tokens, latents),
-            lambda: latents_cached(pipeline, tokens, latents),
+            lambda: image_states(model, tokens, latents, False),
+            lambda: image_states(model, tokens, latents, True),
         ),
         "16 pictures, 4 in a batch": (lambda: pictures(1), lambda: pictures(4)),
         "16 pictures, 16 in a batch": (lambda: pictures(1), lambda: pictures(16)),
@@ -649,103 +680,43 @@ def speed(args: argparse.Namespace) -> None:
 
 # --- Command line --------------------------------------------------------------------------------
 
-SCENES = 500  # held-out scenes for the autoencoder
-TASKS = ("text to image", "understanding", "pope", "differences", "editing", "in-context editing",
-         "stories")  # fmt: skip
-COUNTS = {"prompts": 500, "questions": 500, "edits": 300, "in_context": 300, "stories": 100}
-
-
-def evaluate_shapes(directory: str | Path, seed: int = 1000, counts: dict[str, int] = COUNTS,
-                    samples: Path | None = None, device="cpu", scenes: int = SCENES, **options):
-    """Everything that `evaluate.py shapes` reports, as JSON has it: of the tasks and kinds that the
-    checkpoint's world has."""
-    source = checkpoint.open_checkpoint(directory)
-    fields = source.config.get("data", {})
-    config = checkpoint.build(ShapesConfig, fields, f"{source}, section 'data'")
-    results = {"checkpoint": str(directory), "seed": seed} | options
-    vae, world, sheets = VQVAE.from_pretrained(source, device, torch.float32), Shapes(0, config), {}
-    results["autoencoder"] = autoencoder_report(vae, config, seed, scenes)
-    has = {task: bool(weight) for task, weight in config.tasks.items()}
-    if any(counts.values()):
-        pipeline = load(source, device)
-        results["defaults"] = {k: v for k, v in vars(pipeline.defaults).items() if k != "words"}
-    one_row = options | dict(cfg_scale=1, cfg_image=1)  # guidance is for images
-    make = lambda task, name, count: in_turn(world, task, seed, count, name)
-    if has.get("text_to_image") and counts["prompts"]:
-        sheets["text to image"] = draw(pipeline, config, seed, counts["prompts"], **options)
-    if has.get("understanding") and counts["questions"]:
-        asked = [Shapes(0, replace(config, digits=min(config.digits, 0.5)))]
-        asked = in_turn(asked[0], "understanding", seed, counts["questions"], "question")
-        sheets["understanding"] = answer_exactly(pipeline, asked, "questions", seed, **one_row)
-        if any(v.row == "exists" for v in sheets["understanding"]):
-            results["pope"] = pope(sheets["understanding"])
-    if has.get("difference") and counts["questions"]:
-        pairs = make("difference", "difference", math.ceil(0.3 * counts["questions"]))
-        sheets["differences"] = answer_exactly(pipeline, pairs, "differences", seed, **one_row)
-    for task, title, name, count, judged in (
-        ("editing", "editing", "edit", "edits", edit),
-        ("in_context", "in-context editing", "in context", "in_context", edit),
-        ("story", "stories", "story", "stories", tell),
-    ):
-        if has.get(task) and counts[count]:
-            examples = make(task, name, counts[count])
-            sheets[title] = judged(pipeline, examples, task, seed, **options)
-    for task, verdicts in sheets.items():
-        results[task] = tally(verdicts)
-        if task == "stories":  # its rows are two views of the same frames
-            del results[task]["all"]
-        if measured := [v.kept for v in verdicts if v.kept is not None]:
-            results[task]["psnr elsewhere"] = float(np.mean(measured))
-        if samples:
-            name = task.replace(" ", "_") + ".png"
-            shown = verdicts[::2] if task == "stories" else verdicts  # each frame once
-            contact_sheet(shown).save(samples / name)
-    return results
-
-
-def over_seeds(runs: list[dict]) -> str:
-    """The mean and range of every rate over several seeds."""
-    title = "over seeds " + ", ".join(str(run["seed"]) for run in runs)
-    lines = [f"{title:34}{'mean':>8}{'range':>20}"]
-    for task in (t for t in TASKS if t in runs[0]):
-        for name in (n for n, row in runs[0][task].items() if isinstance(row, dict)):
-            rates = [run[task][name]["rate"] for run in runs]
-            span = f"{min(rates):.1%} to {max(rates):.1%}"
-            lines.append(f"  {task + ', ' + name:32}{sum(rates) / len(rates):8.1%}{span:>20}")
-    return "\n".join(lines)
-
-
-def report(directory: str | Path, folder: Path, count: int = 300) -> str:
-    """The table of a model just trained; evaluation.json and sheets of pictures into a folder."""
-    counts = dict.fromkeys(COUNTS, count)
-    results = evaluate_shapes(directory, counts=counts, samples=folder, scenes=200)
-    checkpoint.write_json(folder / "evaluation.json", results)
-    return show(results)
-
 
 def run_shapes(args: argparse.Namespace) -> None:
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise ValueError(f"--json {args.json} is not a file in a folder that exists")
     if args.samples:
         args.samples.mkdir(parents=True, exist_ok=True)
-    given = {name: getattr(args, name) for name in ("steps", "cfg_scale", "cfg_image")}
+    given = {name: getattr(args, name) for name in ("batch_size", *GUIDANCE)}
     options = {name: value for name, value in given.items() if value is not None}
     counts, device = {name: getattr(args, name) for name in COUNTS}, pick_device(args.device)
     runs = []
     for seed in args.seed or [1000]:
-        runs.append(evaluate_shapes(args.checkpoint, seed, counts, args.samples, device,
-                                    batch_size=args.batch_size, **options))  # fmt: skip
-        print(show(runs[-1]))
+        run = evaluate_shapes(args.checkpoint, seed, counts, args.samples, device, **options)
+        print(show(run))
+        runs.append(run)
     if len(runs) > 1:
         print("\n" + over_seeds(runs))
     if args.json:
         checkpoint.write_json(args.json, runs[0] if len(runs) == 1 else {"seeds": runs})
 
 
+GUIDANCE = {
+    "steps": (int, 1, 1000, "DDIM steps"),
+    "cfg_scale": (float, 0, 100, "guidance; 1 is none"),
+    "cfg_image": (float, 0, 100, "towards a prompt's images"),
+}
+ASKED = {
+    "prompts": "captions to draw",
+    "questions": "questions to ask, and 0.3 times as many about the difference of two pictures",
+    "edits": "edits told in words",
+    "in_context": "edits told by an example pair",
+    "stories": "stories to continue, three frames each",
+}
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = checkpoint.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw, number = argparse.RawDescriptionHelpFormatter, checkpoint.number
+    parser = checkpoint.Parser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=checkpoint.Parser)
     quality = commands.add_parser(
         "shapes",
@@ -754,31 +725,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="example: python evaluate.py shapes --samples sheets --json shapes.json",
     )
     clock = commands.add_parser("speed", help="fast paths beside their slow references, as ratios")
-    add, number = quality.add_argument, checkpoint.number
     tiny = str(Path(__file__).parent / "checkpoints" / "tiny")
     for command in (quality, clock):
         command.add_argument("--checkpoint", default=tiny, metavar="DIR", help="default: tiny")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, ...; default: auto")
     clock.add_argument("--rounds", type=number(int, 1, 1000), default=5, metavar="N",
         help="runs of each, taken in turns; the fastest counts (default: 5)")
+    add = quality.add_argument
     add("--seed", type=number(int, 0, 2**31), action="append", metavar="N", help="of the held-out "
         "examples and of sampling; repeat it for a mean and a range (default: 1000)")
-    what = {"prompts": "captions to draw", "edits": "edits told in words",
-            "questions": "questions to ask, and 0.3 times as many about the difference of two "
-            "pictures", "in_context": "edits told by an example pair",
-            "stories": "stories to continue, three frames each"}  # fmt: skip
     for name, default in COUNTS.items():
+        help = f"{ASKED[name]}, kinds in turn; 0 leaves them out (default: {default})"
         add("--" + name.replace("_", "-"), type=number(int, 0, 100_000), default=default,
-            metavar="N", help=f"{what[name]}, kinds in turn; 0 leaves them out "
-            f"(default: {default})")  # fmt: skip
+            metavar="N", help=help)  # fmt: skip
+    for name, (kind, low, high, help) in GUIDANCE.items():
+        add("--" + name.replace("_", "-"), type=number(kind, low, high), metavar="N", help=help)
+    add("--batch-size", type=number(int, 1, 4096), default=64, metavar="N",
+        help="requests answered at a time (default: 64)")
     add("--json", type=Path, metavar="FILE", help="write the numbers here too")
     add("--samples", type=Path, metavar="DIR", help="save sheets of pictures, labelled with what "
         "was asked, green if right, red if wrong")
-    add("--steps", type=number(int, 1, 1000), metavar="N", help="DDIM steps")
-    add("--cfg-scale", type=number(float, 0, 100), metavar="S", help="guidance; 1 is none")
-    add("--cfg-image", type=number(float, 0, 100), metavar="S", help="towards a prompt's images")
-    add("--batch-size", type=number(int, 1, 4096), default=64, metavar="N",
-        help="requests answered at a time (default: 64)")
     return parser.parse_args(argv)
 
 

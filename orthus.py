@@ -93,8 +93,8 @@ class OrthusConfig:
              "vision_embedding 'argmin'"),
             (tokens and self.vision_embedding == "linear", "image_head 'tokens' needs a codebook; "
              "vision_embedding 'linear' has none"),
-            (len(set(ids)) < len(ids) or any(i in codes for i in ids), f"token ids {ids} are not distinct, or "
-             f"among the image codes {codes}"),
+            (len(set(ids)) < len(ids) or any(i in codes for i in ids),
+             f"token ids {ids} are not distinct, or among the image codes {codes}"),
             (max(*ids, codes.stop - 1) >= self.vocab_size, f"vocab_size {self.vocab_size} does not "
              f"hold token ids {ids} and image codes {codes}"),
         ):

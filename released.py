@@ -12,8 +12,10 @@ ids are found by the names of their tokens. Reading order: token ids, the Hub, M
 
 import functools
 import json
+import os
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import CONFIG, MODEL, Checkpoint, Tensors, read_json, read_tensors
-from orthus import Orthus
+from orthus import Orthus, OrthusConfig
 from vae import VQVAE, VQVAEConfig
 
 # --- Token ids -----------------------------------------------------------------------------------
@@ -53,7 +55,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     try:
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
         return content["model"]["vocab"] | added
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         raise ValueError(f"{path} is not a tokenizer with a vocabulary") from None
 
 
@@ -62,35 +64,25 @@ def token_ids(vocabulary: dict[str, int], codes: int, source) -> dict[str, int]:
 
     Image codes follow each other in order. A vocabulary of 8192 of them has the release's ids.
     """
-    ids, problems = {}, []
-    for field, names in SPECIAL.items():
-        found = [vocabulary[name] for name in names if name in vocabulary]
-        ids[field] = found[0] if found else None
+    if not isinstance(vocabulary, dict) or {type(i) for i in vocabulary.values()} - {int}:
+        raise ValueError(f"{source} is {str(vocabulary)[:40]!r}; want whole numbers by token")
+    problems = []
+    ids = {f: next((vocabulary[n] for n in names if n in vocabulary), None)
+           for f, names in SPECIAL.items()}  # fmt: skip
     ids["image_code_start"] = start = vocabulary.get(code_name(0))
     for field, fixed in (RELEASED if codes == 8192 else FIXED).items():
         if ids[field] is not None and ids[field] != fixed:
             name = SPECIAL.get(field, [code_name(0)])[0]
             problems.append(f"{name} has id {ids[field]}, not {fixed}")
     problems += [f"{SPECIAL[f][0]} is missing" for f in SPECIAL if ids[f] is None]
-    wrong = [
-        k for k in range(codes) if start is None or vocabulary.get(code_name(k)) != start + k
-    ]
+    wrong = [k for k in range(codes) if vocabulary.get(code_name(k)) != (start or 0) + k]
     if wrong:
-        where = vocabulary.get(code_name(wrong[0]), "no id")
-        problems.append(
-            f"{len(wrong)} of {codes} image codes missing or out of order, the first is "
-            f"{code_name(wrong[0])} ({where})"
-        )
+        name = code_name(wrong[0])
+        problems.append(f"{len(wrong)} of {codes} image codes missing or out of order, the first "
+                        f"is {name} ({vocabulary.get(name, 'no id')})")
     if problems:
         raise ValueError(f"{source} does not have Chameleon's tokens: " + "; ".join(problems))
     return ids
-
-
-def same_ids(source, ids: dict[str, int], other: dict[str, int], other_source) -> None:
-    """Raise ValueError where two sources name different ids for the same token."""
-    problems = [f"{f} {ids[f]}, not {other[f]}" for f in other if other[f] != ids[f]]
-    if problems:
-        raise ValueError(f"{source} differs from {other_source}: " + "; ".join(problems))
 
 
 # --- The Hub's layout ----------------------------------------------------------------------------
@@ -125,17 +117,14 @@ DECODERS = (
 
 
 def check_only(config: dict, allowed: dict[str, tuple], source) -> None:
-    problems = [
-        f"{name} is {config[name]!r}"
-        for name, values in allowed.items()
-        if config.get(name) is not None and config[name] not in values
-    ]
+    problems = [f"{name} is {config[name]!r:.60}" for name, values in allowed.items()
+                if config.get(name) is not None and config[name] not in values]  # fmt: skip
     if problems:
         raise ValueError(f"{source} asks for what is not implemented: " + "; ".join(problems))
 
 
 def hub_vae_fields(hub: dict, source) -> dict:
-    """vq_config (or the config of an autoencoder alone) -> fields of VQVAEConfig."""
+    """vq_config (or the config of an autoencoder alone) -> fields of VQVAEConfig, checked."""
     vq = hub.get("vq_config", hub) or {}
     if not isinstance(vq, dict):
         raise ValueError(f"{source}: vq_config is {vq!r:.40}, not an object")
@@ -147,6 +136,7 @@ def hub_vae_fields(hub: dict, source) -> dict:
     width = fields["latent_channels"]
     if (vq.get("embed_dim") or width) != width:
         raise ValueError(f"{source}: embed_dim {vq['embed_dim']} is not latent_channels {width}")
+    checkpoint.build(VQVAEConfig, fields, source)
     return fields
 
 
@@ -155,12 +145,13 @@ def hub_model_fields(hub: dict, model: Tensors, vae: dict, directory: Path) -> d
     source = directory / CONFIG
     check_only(hub, ONLY, source)
     rope = hub.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{source}: rope_type {rope['rope_type']!r} is not implemented")
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise ValueError(f"{source}: rope_parameters {rope!r:.60} are not implemented; want "
+                         "rope_type 'default'")
     hub = {"rope_theta": rope.get("rope_theta")} | hub
     given = {name: hub[name] for name in SAME_NAME if hub.get(name) is not None}
     fields = SAME_NAME | given | {name: vae[name] for name in ("num_codes", "latent_channels")}
-    fields |= {"latents_per_image": latents_per_image(vae)}
+    fields["latents_per_image"] = VQVAEConfig(**vae).latents_per_image
     head = [name for name in model if name.startswith("image_head.")]
     if head or CODEBOOK in model:
         blocks = {name.split(".")[2] for name in head if ".res_blocks." in name}
@@ -172,29 +163,25 @@ def hub_model_fields(hub: dict, model: Tensors, vae: dict, directory: Path) -> d
     return fields | hub_token_ids(hub, fields["num_codes"], directory)
 
 
-def latents_per_image(vae: dict) -> int:
-    return VQVAEConfig(**vae).latents_per_image  # checks the sizes first
-
-
 def hub_token_ids(hub: dict, codes: int, directory: Path) -> dict[str, int]:
     """Ids by name, from tokenizer.json and from config.json, which must agree.
 
     bos_token_id is not looked at: the released configs give the id of <pad>.
     """
-    source, path = directory / CONFIG, directory / "tokenizer.json"
-    known = [
-        (source, token_ids(hub["vocabulary_map"], codes, f"vocabulary_map of {source}"))
-        for _ in range(isinstance(hub.get("vocabulary_map"), dict))
-    ]
+    source, path, known = directory / CONFIG, directory / "tokenizer.json", []
+    if hub.get("vocabulary_map") is not None:
+        where = f"vocabulary_map of {source}"
+        known.append((where, token_ids(hub["vocabulary_map"], codes, where)))
     if path.is_file():
         known.append((path, token_ids(read_vocabulary(path), codes, path)))
     if not known:
         raise ValueError(f"{directory} has no tokenizer.json, nor {source} a vocabulary_map")
     where, ids = known[0]
-    given = {f: hub.get(f"{f[:-3]}_token_id") for f in ("boi_id", "eoi_id", "image_id")}
-    given = {field: i for field, i in given.items() if i is not None}
-    same_ids(where, ids, known[-1][1], known[-1][0])
-    same_ids(where, ids, given, source)
+    given = {f: hub.get(f"{f[:-3]}_token_id", ids[f]) for f in ("boi_id", "eoi_id", "image_id")}
+    for other_source, other in (known[-1], (source, given)):
+        problems = [f"{f} {ids[f]}, not {other[f]}" for f in other if other[f] != ids[f]]
+        if problems:
+            raise ValueError(f"{where} differs from {other_source}: " + "; ".join(problems))
     return ids
 
 
@@ -348,13 +335,12 @@ def meta_shards(folder: Path) -> list[Tensors]:
 def open_meta(directory: Path) -> Checkpoint:
     """params.json and the shapes -> the config; tensors are converted when they are asked for."""
     folder, tokenizers = meta_folder(directory), meta_tokenizer_folder(directory)
-    params = read_json(folder / "params.json")
-    if (folder / "consolidate_params.json").is_file():
-        params |= read_json(folder / "consolidate_params.json")
+    source, params = folder / "params.json", {}
+    for name in ("params.json", "consolidate_params.json"):
+        params |= read_json(folder / name) if (folder / name).is_file() else {}
     params = params.get("model", params)
-    missing = [name for name in ("n_heads", "n_layers") if not isinstance(params.get(name), int)]
-    if missing:
-        raise ValueError(f"{folder / 'params.json'} does not say {', '.join(missing)}")
+    if not isinstance(params, dict) or not {"n_heads", "n_layers"} <= params.keys():
+        raise ValueError(f"{source} does not say n_heads, n_layers")
     shards, path = meta_shards(folder), tokenizers / "text_tokenizer.json"
     vae, vae_tensors = read_vqgan(tokenizers)
 
@@ -373,10 +359,11 @@ def open_meta(directory: Path) -> Checkpoint:
         "swin_norm": bool(params.get("swin_norm")),
         "num_codes": vae["num_codes"],
         "latent_channels": vae["latent_channels"],
-        "latents_per_image": latents_per_image(vae),
+        "latents_per_image": checkpoint.build(VQVAEConfig, vae, tokenizers).latents_per_image,
         "vision_embedding": "argmin",
         "image_head": "tokens",
     } | token_ids(read_vocabulary(path), vae["num_codes"], path)
+    checkpoint.build(OrthusConfig, fields, source)
     config = {"model": fields, "vae": vae, "generation": generation_defaults(fields, directory)}
 
     @functools.cache
@@ -603,10 +590,10 @@ def convert(source: str, target: str, layout: str = "ours", vae: str | None = No
     """Write `target` from a checkpoint in any layout, the autoencoder from `vae` where given.
 
     Both are filled into their modules first, which finds whatever is missing before anything is
-    written.
+    written; the target appears when it is whole.
     """
-    if any((Path(target) / name).exists() for name in (CONFIG, "params.json", MODEL)):
-        raise ValueError(f"{target} holds a checkpoint already; give another place")
+    if os.path.lexists(target):
+        raise ValueError(f"{target} is there already; give another place")
     opened = checkpoint.open_checkpoint(source)
     other = checkpoint.open_checkpoint(vae) if vae else opened
     model, autoencoder = Orthus.from_pretrained(opened), VQVAE.from_pretrained(other)
@@ -614,8 +601,14 @@ def convert(source: str, target: str, layout: str = "ours", vae: str | None = No
     config["vae"] = config["vae"] | {
         "channel_multiplier": list(autoencoder.config.channel_multiplier)
     }
-    parts = config, model.state_dict(), autoencoder.state_dict(), opened.tokenizer
-    (write_hub if layout == "hub" else checkpoint.write)(Path(target), *parts)
+    contents = config, model.state_dict(), autoencoder.state_dict(), opened.tokenizer
+    part = Path(f"{target}.part")
+    part.mkdir(parents=True)
+    try:
+        (write_hub if layout == "hub" else checkpoint.write)(part, *contents)
+        os.rename(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     print(f"{target} is complete: python sample.py --checkpoint {target} --prompt ...")
 
 
@@ -629,7 +622,7 @@ def main() -> None:
     parser.add_argument("--vae", metavar="DIR", help="take the autoencoder from this checkpoint")
     args = parser.parse_args()
     action = lambda: convert(args.source, args.target, args.layout, args.vae)
-    checkpoint.command_line("released.py", action, f"interrupted; {args.target} is not complete")
+    checkpoint.command_line("released.py", action, f"interrupted; {args.target} is not there")
 
 
 if __name__ == "__main__":

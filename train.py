@@ -19,6 +19,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -166,6 +167,7 @@ WORLDS = {  # the data of each stage: [[from this share of the steps on, fields 
                                    difference=0.02, in_context=0.15, story=0.05))],
         ],
     },
+    "7b": {"decoder": [[0.0, PICTURES]], "base": [[0.0, PICTURES]], "posttrain": [[0.0, {}]]},
 }  # fmt: skip
 UNCONDITIONAL = "Generate an image."
 GENERATION = Generation(  # defaults of sample.py for a model that is trained from nothing
@@ -211,9 +213,19 @@ def first_picture(segments: list[Segment]) -> Segment:
 
 
 def examples(dataset: data.Dataset, step: int, size: int, of=lambda segments: segments) -> list:
-    """The examples of one step; a dataset with a length begins again at its end."""
-    length = len(dataset) if hasattr(dataset, "__len__") else sys.maxsize
-    return [of(dataset.example((step * size + i) % length)) for i in range(size)]
+    """The examples of one step; a dataset with a length begins again at its end, in another
+    order."""
+    indices = range(step * size, (step + 1) * size)
+    if hasattr(dataset, "__len__"):
+        length = len(dataset)
+        indices = [order(length, i // length)[i % length] for i in indices]
+    return [of(dataset.example(int(i))) for i in indices]
+
+
+@functools.lru_cache(maxsize=2)
+def order(length: int, epoch: int) -> np.ndarray:
+    """Which example comes when in an epoch: the first one takes them as they come."""
+    return np.random.default_rng(epoch).permutation(length) if epoch else np.arange(length)
 
 
 def reconstruction_loss(images: Tensor, target: Tensor, detail: Tensor, weight: float) -> Tensor:
@@ -434,8 +446,12 @@ class Encoded:
     its place in `latents` (images, L, C), memory-mapped from a folder. What an interrupted run had
     encoded is kept."""
 
-    def __init__(self, dataset: data.Dataset, number: int, vae: VQVAE, folder: Path):
+    def __init__(self, dataset: data.Dataset, number: int, vae: VQVAE, folder: Path, what: dict):
+        known = folder / "what.json"
+        if known.is_file() and checkpoint.read_json(known) != what:
+            shutil.rmtree(folder)  # of other data, or another autoencoder
         folder.mkdir(exist_ok=True)
+        checkpoint.write_json(known, what)
         shape = (vae.config.latents_per_image, vae.config.latent_channels)
         device, size, bytes_each = vae.post_quant_conv.weight.device, 64, 4 * math.prod(shape)
         with open(folder / "examples.jsonl", "a+b") as text, open(folder / "latents", "a+b") as raw:
@@ -450,7 +466,8 @@ class Encoded:
                 pictures = [s.content for segments in some for s in segments if s.is_image]
                 tensors = [data.to_tensor(p, vae.config.resolution) for p in pictures]
                 with torch.no_grad():
-                    raw.write(vae.encode(torch.stack(tensors).to(device)).cpu().numpy().tobytes())
+                    for some_images in torch.stack(tensors).split(size) if tensors else ():
+                        raw.write(vae.encode(some_images.to(device)).cpu().numpy().tobytes())
                 raw.flush()  # first, so that no line is without its latents
                 new = [json.dumps([[None if s.is_image else s.content, s.output] for s in segments])
                        for segments in some]  # fmt: skip
@@ -502,8 +519,7 @@ def to_orthus(config: TrainConfig, dataset, start: Checkpoint) -> Orthus:
     old = Orthus.from_pretrained(start, "cpu", torch.float32)
     if old.config.image_head != "tokens":
         raise ValueError(f"base makes an Orthus of a Chameleon; {start} is none: use posttrain")
-    names = ("vision_embedding", "image_head", "tau", "prediction", "zero_terminal_snr")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    given = {n: getattr(config, n) for n in BASE_ALONE if getattr(config, n) is not None}
     wanted = {"vision_embedding": "softmax", "image_head": "diffusion"} | given
     if config.preset != "7b":
         vae = VQVAE.from_pretrained(start, "cpu", torch.float32)
@@ -713,7 +729,26 @@ def read_state(saved: Path, device) -> dict:
     if digest(path) != (saved / "state.sha256").read_text():
         raise ValueError(f"{path} is damaged (its checksum is another); remove {saved} and resume "
                          "from the save before it")
-    return torch.load(path, map_location=device, weights_only=True, mmap=True)
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except Exception as error:  # whatever unpickling what is no archive of tensors may raise
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} is no state of a run ({reason:.80}); remove {saved}") from None
+
+
+def restore(state: dict, saved: Path, stage: Stage, optimizer: Optimizers) -> tuple[dict, int]:
+    """Put a stage back where it was saved -> the average, and the next step."""
+    try:
+        stage.model.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        if stage.before:
+            stage.before.load_state_dict(state["before"])
+        average = {n: state["average"][n].clone() for n, _ in stage.model.named_parameters()}
+        return average, state["step"]
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{saved / 'state.pt'} does not fit this run ({reason:.80}); remove "
+                         f"{saved} to go on from the save before it") from None
 
 
 def keep_log(path: Path, step: int) -> None:
@@ -765,8 +800,8 @@ class Validation:
                     sums[key_of] = sums.get(key_of, 0.0) + losses[key].item()
         return sums
 
-    def pictures(self, average: dict[str, Tensor], path: Path, step: int) -> None:
-        """One more row of the sheet: the fixed prompts, drawn by the averaged weights."""
+    def pictures(self, average: dict[str, Tensor], path: Path, step: int, number: int) -> None:
+        """Row `number` of the sheet: the fixed prompts, drawn by the averaged weights."""
         raw = {n: p.detach().clone() for n, p in self.stage.model.named_parameters()}
         own, words = self.stage.model.config, self.stage.tokenizer
         tokenizer = data.Tokenizer(words, own.image_id + 1, own.unk_id)
@@ -779,8 +814,9 @@ class Validation:
         cells = [(a.images[0], f"{step}: {p[0].content}", "black")
                  for a, p in zip(answers, self.prompts, strict=True)]  # fmt: skip
         rows = [data.sheet([cells], (96, 96))]
-        if path.is_file():
-            rows.insert(0, data.open_image(path))
+        if path.is_file() and number:  # a resumed run may have drawn this row before
+            above = data.open_image(path)
+            rows.insert(0, above.crop((0, 0, above.width, number * rows[0].height)))
         page = Image.new("RGB", (rows[-1].width, sum(row.height for row in rows)), "white")
         for i, row in enumerate(rows):
             page.paste(row, (0, sum(r.height for r in rows[:i])))
@@ -844,15 +880,13 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     average = {n: p.detach().clone() for n, p in model.named_parameters()}
     first = 0
     if state:
-        model.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, first = {n: t.clone() for n, t in state["average"].items()}, state["step"]
-        if stage.before:
-            stage.before.load_state_dict(state["before"])
+        average, first = restore(state, saved, stage, optimizer)
     keep_log(run / "log.jsonl", first)
     if stage.vae and (config.cache_latents or hasattr(dataset, "__len__")):
         number = config.cache_latents or len(dataset)
-        dataset = Encoded(dataset, number, stage.vae, run / "encoded")
+        encoder = sum(p.sum().item() for p in stage.vae.parameters())
+        what = about | {"seed": config.seed, "sum of the autoencoder's weights": encoder}
+        dataset = Encoded(dataset, number, stage.vae, run / "encoded", what)
     validation = Validation(stage, config, held_out)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     loader = iter(DataLoader(
@@ -891,11 +925,17 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
                           validation.losses(autocast) if checks else {})  # fmt: skip
             pictures = config.pictures_every * config.validate_every
             if pictures and stage.vae and done % pictures == 0 and validation.prompts:
-                validation.pictures(average, run / "samples.png", done)
+                number = done // pictures - 1
+                validation.pictures(average, run / "samples.png", done, number)
             if saves:
                 save(run, stage, optimizer, average, done, about)
             if stopping and done < config.steps:
                 raise Stopped
+    except (KeyboardInterrupt, ValueError, OSError):
+        saved = newest_save(run)
+        where = f"goes on from {saved}" if saved else "begins anew, as nothing was saved yet"
+        tqdm.write(f"--resume {where}", file=sys.stderr)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -984,13 +1024,16 @@ class Schedule:
         return [text for world in self.worlds for text in shapes_texts(world.config)]
 
 
+BASE_ALONE = ("vision_embedding", "image_head", "tau", "prediction", "zero_terminal_snr")
+
+
 def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConfig, list, str]:
     """-> config, worlds and init of a run: flags over what a resumed run has, over the preset."""
     preset, fields = given.get("preset", "tiny"), {f.name for f in dataclasses.fields(TrainConfig)}
     before = {"init": "", "config": {"preset": preset}}
     if resume:
         before = checkpoint.read_json(run / "run.json")
-        if before.get("stage") != name or not isinstance(before.get("world"), list):
+        if before.get("stage") != name or not before.get("world"):
             raise ValueError(f"{run} is a run of stage {before.get('stage')!r}, not {name}")
     elif name not in PRESETS.get(preset, {}):
         known = ", ".join(p for p in PRESETS if name in PRESETS[p])
@@ -999,10 +1042,29 @@ def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConf
         before["config"] |= PRESETS[preset][name]
         before["world"] = WORLDS[preset][name]
     own = {key: value for key, value in given.items() if key in fields}
+    if name != "base" and (wrong := [key for key in BASE_ALONE if key in own]):
+        raise ValueError(f"{wrong[0]} is set in stage base, where a Chameleon becomes an Orthus; "
+                         f"stage {name} keeps what the checkpoint has")
     world = {key: value for key, value in given.items() if key not in (*fields, "init")}
-    config = checkpoint.build(TrainConfig, before["config"] | own, f"stage {name}")
-    worlds = [[share, asdict(ShapesConfig(**(w | world)))] for share, w in before["world"]]
-    return config, worlds, given.get("init") or before["init"]
+    try:
+        config = checkpoint.build(TrainConfig, before["config"] | own, f"stage {name}")
+        worlds = [[float(share), asdict(checkpoint.build(ShapesConfig, w | world, "the world"))]
+                  for share, w in before["world"]]  # fmt: skip
+        return config, worlds, given.get("init") or before["init"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run / 'run.json'} is not what a run writes ({error}); begin another "
+                         "with another --out") from None
+
+
+def check_size(start: Checkpoint, preset: str) -> None:
+    """A checkpoint of one preset's size is not trained with another's settings."""
+    for section, name, kind in (("model", "hidden_size", OrthusConfig),
+                                ("vae", "base_channels", VQVAEConfig)):  # fmt: skip
+        value = start.config.get(section, {}).get(name)
+        fitting = [p for p in PRESETS if getattr(kind.preset(p), name) == value]
+        if fitting and preset not in fitting:
+            raise ValueError(f"{start} has the size of preset {fitting[0]}, not {preset} ({name} "
+                             f"is {value}); give --preset {fitting[0]}")
 
 
 def start_run(name: str, out: str, given: dict, resume: bool) -> None:
@@ -1028,6 +1090,9 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
     start = None if begun_from_nothing else checkpoint.open_checkpoint(saved or init)
     if start and name != "vae" and config.preset != "7b":
         checkpoint.build(VQVAEConfig, start.section("vae"), start)
+    if start:
+        check_size(start, config.preset)
+    pick_device(config.device)
     run.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock(run):
         record = {"stage": name, "init": init and str(Path(init).resolve()), "world": worlds,
@@ -1039,11 +1104,6 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
             train(name, config, dataset, held_out, run, start, {"data": worlds[-1][1]}, saved)
         except Stopped:
             tqdm.write(f"stopped and saved; --resume goes on from {newest_save(run)}")
-        except (KeyboardInterrupt, ValueError, OSError):
-            saved = newest_save(run)
-            where = f"goes on from {saved}" if saved else "begins anew, as nothing was saved yet"
-            tqdm.write(f"--resume {where}", file=sys.stderr)
-            raise
 
 
 def train_all(out: str, given: dict) -> None:
@@ -1061,7 +1121,8 @@ def train_all(out: str, given: dict) -> None:
     for name in STAGES:
         run, started = Path(out) / name, time.time()
         resume = (run / "run.json").is_file()
-        own = given | ({"init": init} if init else {})
+        own = {k: v for k, v in given.items() if name == "base" or k not in BASE_ALONE}
+        own |= {"init": init} if init else {}
         if "seed" in given:  # its own for each stage
             own["seed"] = given["seed"] * 100 + list(STAGES).index(name)
         config, _, _ = settings(name, run, own, resume)

@@ -5,29 +5,36 @@
                                q/k norms in four groups, one for each shard of the 30B model
     vqvae.safetensors          transformers' Chameleon VQ-VAE: encoder, quantiser, 1x1 convolutions
     diffusion.safetensors      diffusers' DDIM: noise schedules, timesteps, whole trajectories
-    golden_head.safetensors    the released Orthus' diffusion head and 100-step DDIM on a tiny
-                               random model: recordings (folder $ORTHUS_GOLDEN), head's weights
+    golden.safetensors         the released Orthus on a tiny random model, cut from the recordings
+                               in the folder $ORTHUS_GOLDEN: transformer, head, soft embedding
 
 The committed files were made with torch 2.13.0, transformers 5.23.0, diffusers 0.42.1, numpy 2.4.6
 and safetensors 0.8.0. The peers, transformers and diffusers, are not requirements of this project:
 the tests read the files alone. To make the files again, with the same numbers:
 
     pip install transformers==5.23.0 diffusers==0.42.1 && python tests/make_fixtures.py
+    ORTHUS_GOLDEN=FOLDER python tests/make_fixtures.py golden      the last file alone; no peers
 
 Weights stand under the Hub's parameter names, which hold a dot; what the models compute stands
 beside them under names without one. Sizes stand under the Hub's config names, as JSON in the
-metadata entry "config". All tensors are fp32 or int64.
+metadata entry "config". Tensors are fp32 or int64, but for the bytes of a tokenizer. The files are
+at most 3 MB together.
 """
 
+import gzip
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
-from transformers import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonVQVAE
-from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
+
+GOLDEN_ALONE = sys.argv[1:] == ["golden"]
+if not GOLDEN_ALONE:
+    from diffusers import DDIMScheduler
+    from transformers import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonVQVAE
+    from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -187,7 +194,7 @@ BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (1e-4, 0.02)}
 STEPS = (1, 2, 3, 5, 7, 10, 16, 30, 48, 50, 100, 333, 1000)
 
 
-def scheduler(schedule: str, zero_snr: bool, prediction: str = "v_prediction") -> DDIMScheduler:
+def scheduler(schedule: str, zero_snr: bool, prediction: str = "v_prediction") -> "DDIMScheduler":
     beta_start, beta_end = BETAS[schedule]
     return DDIMScheduler(
         num_train_timesteps=1000, beta_schedule=schedule, beta_start=beta_start, beta_end=beta_end,
@@ -201,7 +208,7 @@ def network(x: torch.Tensor, t: int, weight: torch.Tensor) -> torch.Tensor:
     return torch.tanh(x @ weight + t / 1000)
 
 
-def trajectory(ddim: DDIMScheduler, steps: int, x, weight, own_gap: bool) -> torch.Tensor:
+def trajectory(ddim: "DDIMScheduler", steps: int, x, weight, own_gap: bool) -> torch.Tensor:
     """(steps + 1, 4, 8): the starting noise, then x after each DDIM step, eta 0.
 
     From t, the scheduler's step goes to t - 1000 // steps. Where steps does not divide 1000 that is
@@ -267,15 +274,115 @@ def make_diffusion(seed: int) -> None:
 
 
 # --- Recordings of the released Orthus ----------------------------------------------------------
+#
+# The recordings come with a checkpoint of 32 MB, and its weights are random fp32: nothing packs
+# them. What is kept is what the recorded inputs see of them; it gives the same numbers:
+#
+#     a linear layer of the head    is needed on the span of its recorded inputs alone: W Q, and Q.
+#                                   The span is our head's, in fp64: a head that computes anything
+#                                   else leaves it, and gets other numbers
+#     the codebook                  only its distances to the recorded latents count: coordinates in
+#                                   the latents' span, and the length of the rest as one more
+#     embeddings, LM head           some columns and rows: those of the outputs that are kept
+#
+# The transformer is whole. Tolerances: 1e-4; soft embedding: 2e-3 of its fp32, 2e-5 of its
+# fp64. With $ORTHUS_GOLDEN set, the tests run on the whole checkpoint besides.
+
+HEAD_ROWS = slice(0, 2)  # of the recorded calls of the head
+HEAD_STEPS = {"b2": 0, "b3": 6}  # of DDIM: recorded index, whose x before is known too
+EMBEDDED = [0, 24]  # latents: a wide mixture of codes and a narrow one
+COLUMNS = slice(0, 2)  # of their embeddings
+LOGITS = slice(0, None, 50)  # of the recorded every 16th
 
 
-def copy_golden(folder: Path) -> None:
-    """What the tests of the head need of the recordings; the rest is read from the folder."""
-    tensors = load_file(folder / "head.safetensors") | load_file(folder / "ddim.safetensors")
+def span(inputs: torch.Tensor) -> torch.Tensor:
+    """(N, D) -> (D, r): an orthonormal basis of what the rows span, in fp64."""
+    _, sizes, rows = torch.linalg.svd(inputs.double(), full_matrices=False)
+    return rows[sizes > 1e-10 * sizes[0]].T
+
+
+def head_calls(recorded: dict) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Recorded calls of the head: its x (N, 256), t (N,) and hidden (N, 64)."""
+    calls = {"head": tuple(recorded[name][HEAD_ROWS] for name in ("x", "t", "c"))}
+    for rows, i in HEAD_STEPS.items():
+        step = int(recorded["step_indices"][i])
+        before = recorded[f"{rows}.x_after_step"][i - 1] if step else recorded[f"{rows}.noise"]
+        z = recorded[f"{rows}.z"]
+        calls[rows] = before.expand(len(z), -1), torch.full((len(z),), 999 - 10 * step), z
+    return calls
+
+
+def golden_head(recorded: dict, weights: dict) -> dict[str, torch.Tensor]:
+    """The head as its recorded calls see it: of each linear layer W Q (.left) and Q^T (right.)."""
+    sys.path.insert(0, str(FIXTURES.parent.parent))
+    from orthus import DiffusionHead, OrthusConfig
+
+    sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_width=256)
+    head, prefix = DiffusionHead(OrthusConfig(**sizes)), "mlp_head."
+    head.load_state_dict({k.removeprefix(prefix): t for k, t in weights.items() if prefix in k})
+    inputs, bases = {}, {}
+    linear = {n: p for n, p in head.double().named_modules() if isinstance(p, torch.nn.Linear)}
+    for name, part in linear.items():
+        keep = lambda _, args, name=name: inputs.setdefault(name, []).append(args[0])
+        part.register_forward_pre_hook(keep)
+    calls, tensors = head_calls(recorded), {}
+    for name, (x, t, hidden) in calls.items():
+        head(x.double(), t, hidden.double())
+        tensors |= {f"{name}.x": x, f"{name}.t": t, f"{name}.hidden": hidden}
+    for name in ("out", "time_embed", "y", "block0_out"):
+        tensors[f"head.{name}"] = recorded[name][HEAD_ROWS]
+    for rows, i in HEAD_STEPS.items():
+        tensors[f"{rows}.velocity"] = recorded[f"{rows}.v_at_step"][i]
+        tensors[f"{rows}.x_after"] = recorded[f"{rows}.x_after_step"][i]
+        tensors[f"{rows}.latents"] = recorded[f"{rows}.latents"][:1]
+    for name, part in linear.items():
+        basis = span(torch.cat(inputs[name]))
+        bases["adaLN" if "adaLN" in name else name] = basis  # all of these have the same inputs
+        tensors[f"mlp_head.{name}.weight.left"] = (part.weight @ basis).float()
+    tensors |= {f"right.{name}": basis.T.float() for name, basis in bases.items()}
+    return tensors | {k: t for k, t in weights.items() if prefix in k and t.ndim == 1}
+
+
+def golden_embedding(recorded: dict, weights: dict) -> dict[str, torch.Tensor]:
+    latents, codes = recorded["emb_latents"][EMBEDDED].double(), weights["model.codebook_in.weight"]
+    basis = span(latents)
+    inside = codes.double() @ basis
+    rest = (codes.double().square().sum(1) - inside.square().sum(1)).sqrt()
+    return {
+        "emb.codebook": torch.cat([inside, rest[:, None]], 1).float(),
+        "emb.latents": torch.nn.functional.pad(latents @ basis, (0, 1)).float(),
+        "emb.rows": weights["model.embed_tokens.weight"][4 : 4 + len(codes), COLUMNS],
+        "emb.out": recorded["emb_out"][EMBEDDED, COLUMNS],
+        "emb.exact": recorded["emb_out_f64"][EMBEDDED, COLUMNS].float(),
+        "emb.top1": recorded["emb_top1"][EMBEDDED],
+        "emb.top1_p": recorded["emb_top1_p"][EMBEDDED],
+        "emb.effective": recorded["emb_eff"][EMBEDDED],
+    }
+
+
+def make_golden(folder: Path) -> None:
+    """One file of the recordings in the folder; config.json without its vocabulary, the names and
+    shapes of all tensors, and tokenizer.json (gzip) come along."""
+    recorded, weights = {}, {}
+    for name in ("head", "ddim", "mixed"):
+        recorded |= load_file(folder / f"{name}.safetensors")
     for shard in sorted((folder / "ckpt").glob("*.safetensors")):
-        weights = load_file(shard).items()
-        tensors |= {name: tensor for name, tensor in weights if name.startswith("mlp_head.")}
-    write("golden_head", tensors, {})
+        weights |= load_file(shard)
+    tensors = golden_head(recorded, weights) | golden_embedding(recorded, weights)
+    for rows in ("one", "two", "batch"):
+        for name in ("input_ids", "inputs_embeds", "hidden_last"):
+            tensors[f"{rows}.{name}"] = recorded[f"{rows}_{name}"]
+        tensors[f"{rows}.logits"] = recorded[f"{rows}_logits_s16"][..., LOGITS]
+    tensors |= {k: t for k, t in weights.items() if k.startswith(("model.layers", "model.norm"))}
+    tensors["lm_head"] = weights["lm_head.weight"][::16][LOGITS]
+    tensors["prompt"] = recorded["b1.input_ids"][0]
+    packed = gzip.compress((folder / "ckpt" / "tokenizer.json").read_bytes(), 9, mtime=0)
+    tensors["tokenizer"] = torch.tensor(list(packed), dtype=torch.uint8)
+    config = json.loads((folder / "ckpt" / "config.json").read_text())
+    del config["vocabulary_map"]
+    processor = json.loads((folder / "ckpt" / "preprocessor_config.json").read_text())
+    shapes = {name: list(t.shape) for name, t in weights.items()}
+    write("golden", tensors, dict(config=config, processor=processor, shapes=shapes))
 
 
 # --- Files --------------------------------------------------------------------------------------
@@ -284,7 +391,6 @@ def copy_golden(folder: Path) -> None:
 def write(name: str, tensors: dict[str, torch.Tensor], config: dict) -> None:
     for key, tensor in tensors.items():
         assert tensor.isfinite().all(), f"{name}: {key} is not finite"
-        assert tensor.dtype in (torch.float32, torch.int64), f"{name}: {key} is {tensor.dtype}"
     path = FIXTURES / f"{name}.safetensors"
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     save_file(tensors, path, metadata={"config": json.dumps(config)})
@@ -295,12 +401,13 @@ def write(name: str, tensors: dict[str, torch.Tensor], config: dict) -> None:
 def main() -> None:
     torch.set_num_threads(1)  # the order of summation, and so the last bits, stay the same
     FIXTURES.mkdir(exist_ok=True)
-    make_chameleon("chameleon_7b", CHAMELEON_7B, seed=7)
-    make_chameleon("chameleon_30b", CHAMELEON_30B, seed=30)
-    make_vqvae(seed=3)
-    make_diffusion(seed=2)
+    if not GOLDEN_ALONE:
+        make_chameleon("chameleon_7b", CHAMELEON_7B, seed=7)
+        make_chameleon("chameleon_30b", CHAMELEON_30B, seed=30)
+        make_vqvae(seed=3)
+        make_diffusion(seed=2)
     if "ORTHUS_GOLDEN" in os.environ:
-        copy_golden(Path(os.environ["ORTHUS_GOLDEN"]))
+        make_golden(Path(os.environ["ORTHUS_GOLDEN"]))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
+import released
 from orthus import Orthus, OrthusConfig
 from vae import VQVAE, VQVAEConfig
 
@@ -33,7 +34,7 @@ def hub_shapes(layers: int) -> dict[str, list[int]]:
         model, vae = Orthus(OrthusConfig(num_hidden_layers=layers)), VQVAE(VQVAEConfig())
     shapes = {f"model.vqmodel.{name}": list(t.shape) for name, t in vae.state_dict().items()}
     for name, t in model.state_dict().items():
-        for theirs, ours in checkpoint.HUB_TO_OURS.items():
+        for theirs, ours in released.HUB_TO_OURS.items():
             name = name.replace(ours, theirs)
         is_head = name.startswith(("mlp_head.", "lm_head."))
         shapes[name if is_head else f"model.{name}"] = list(t.shape)
@@ -65,9 +66,9 @@ def write_checkpoint(folder: Path, layers: int, shards: int = 3) -> int:
         files |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": held}, "weight_map": files}
     checkpoint.write_json(folder / "model.safetensors.index.json", index)
-    ids = checkpoint.RELEASED
-    vocabulary = {n[0]: ids[f] for f, n in checkpoint.SPECIAL.items()}
-    vocabulary |= {checkpoint.code_name(k): 4 + k for k in range(8192)}
+    ids = released.RELEASED
+    vocabulary = {n[0]: ids[f] for f, n in released.SPECIAL.items()}
+    vocabulary |= {released.code_name(k): 4 + k for k in range(8192)}
     config = {"model_type": "chameleon", "num_hidden_layers": layers, "vocabulary_map": vocabulary}
     checkpoint.write_json(folder / "config.json", config)
     return held

@@ -17,6 +17,7 @@ import evaluate
 import shapes
 from data import Segment, to_image, to_tensor
 from evaluate import UNSEEN, detect, judge, reads
+from orthus import Orthus, OrthusConfig
 from sample import Answer
 from shapes import Example, Shapes, ShapesConfig, Thing, render
 from vae import VQVAE, VQVAEConfig
@@ -144,6 +145,35 @@ def test_an_edit_that_also_moves_another_thing_is_wrong():
     assert evaluate.kept(example, render(moved), moved) < 30
 
 
+def test_frames_that_show_anything_else_are_wrong():
+    """A recoloured, lost, added or other thing, the other actor's move, a step too short."""
+    for i in range(20):
+        example = WORLD.story(random.Random(f"frame {i}"))
+        before = example.before
+        sentence, after = shapes.story_moves(before)[0]
+        assert evaluate.judge_frame(sentence, before, after)
+        a, b = after
+        (moved,) = [t for t in after if t not in before]
+        back = [t for t in before if t not in after] + [t for t in after if t is not moved]
+        wrong = [
+            [a], [*after, a], [replace(a, colour="white"), b], [a, replace(b, shape="blob")],
+            back, [replace(a, x=a.x + 6), b], [a, replace(b, y=b.y + 6)],
+        ]  # fmt: skip
+        assert not any(evaluate.judge_frame(sentence, before, seen) for seen in wrong)
+
+
+@pytest.mark.parametrize("kind", list(shapes.EDITS))
+def test_edits_that_show_anything_else_are_wrong(kind):
+    for i in range(20):
+        example = WORLD.editing(random.Random(f"mutated {kind} {i}"), kind)
+        things = example.things
+        assert evaluate.judge_edit(example, things)
+        wrong = [example.before, things[1:], [*things, things[0]],
+                 [*things[:-1], replace(things[-1], shape="blob")],
+                 [*things[:-1], replace(things[-1], colour="white")]]  # fmt: skip
+        assert not any(evaluate.judge_edit(example, seen) for seen in wrong)
+
+
 # --- Figures -------------------------------------------------------------------------------------
 
 
@@ -215,19 +245,13 @@ TASKS = [task for task in shapes.TASKS if task != "image"]
 def answers(monkeypatch):
     """Let a function of the held-out example answer in the model's place: run(task, answer)."""
 
-    def run(task, answer, count=30, config=WORLD.config):
-        if task == "text_to_image":
-            made = [e for _, e in evaluate.caption_examples(config, 7, count)]
-            verdicts = lambda: evaluate.draw(None, config, 7, count)
-        else:
-            made = evaluate.in_turn(Shapes(0, config), task, 7, count, "test")
-            judges = {"editing": evaluate.edit, "in_context": evaluate.edit, "story": evaluate.tell}
-            judged = judges.get(task, evaluate.answer_exactly)
-            verdicts = lambda: judged(None, made, task, 7)
+    def run(method, answer, count=30, config=WORLD.config):
+        (task,) = (task for task in evaluate.TASKS.values() if task.method == method)
+        made = evaluate.held_out(config, method, 7, count, "test")
         replies = iter(made)
         reply = lambda _, requests, **options: [Answer(answer(next(replies))) for _ in requests]
         monkeypatch.setattr(evaluate, "generate", reply)
-        return verdicts()
+        return evaluate.run_task(None, made, task, 7)
 
     return run
 
@@ -286,15 +310,18 @@ def test_frames_are_judged_by_their_sentences(answers):
 
 def test_unseen_captions_name_unseen_combinations():
     names = [f"{colour} {shape}" for colour, shape in shapes.UNSEEN]
-    for row, example in evaluate.caption_examples(ShapesConfig(), 3, 60):
+    made = evaluate.held_out(ShapesConfig(), "text_to_image", 3, 60, "caption")
+    for i, example in enumerate(made):
         named = any(name in example.segments[0].content for name in names)
-        assert named == example.unseen == (row == UNSEEN)
+        (verdict,) = evaluate.drawn(example, Answer([]))
+        assert named == example.unseen == (verdict.row == UNSEEN) == (i >= 60)
+    assert len(made) == 70
 
 
 def test_held_out_examples_of_a_seed_stay_what_they_are():
     """Recorded: what the reported figures were measured on."""
     names = {"text_to_image": "caption", "understanding": "question", "story": "story"}
-    made = [evaluate.in_turn(WORLD, task, 1000, 2, name)[1] for task, name in names.items()]
+    made = [evaluate.held_out(WORLD.config, task, 1000, 2, name)[1] for task, name in names.items()]
     said = [next(s.content for s in e.segments if not s.is_image) for e in made]
     assert said == [
         "a star and a triangle",
@@ -322,14 +349,18 @@ def test_a_small_world_is_evaluated_on_what_it_has(answers):
 
 def test_requests_share_no_noise(monkeypatch):
     """Neighbouring requests, tasks and seeds: PyTorch's generator looks at 32 bits of a seed."""
-    monkeypatch.setattr(evaluate, "generate", lambda _, requests: [r.seed for r in requests])
+    seeds = []
+
+    def record(_, requests, **options):
+        seeds.extend(r.seed % 2**32 for r in requests)
+        return [Answer([])] * len(requests)
+
+    monkeypatch.setattr(evaluate, "generate", record)
     prompts = examples("colours", 1) * 300
-    seeds = [
-        own % 2**32
-        for seed in (1000, 1001)
-        for task in TASKS
-        for own in evaluate.ask_model(None, prompts, task, seed)
-    ]
+    for seed in (1000, 1001):
+        for task in evaluate.TASKS.values():
+            unjudged = replace(task, verdicts=lambda example, answer: [])
+            evaluate.run_task(None, prompts, unjudged, seed)
     assert len(set(seeds)) == len(seeds) == 3600
 
 
@@ -372,6 +403,51 @@ def test_the_shipped_model_from_a_function_call(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == sheets
 
 
+def test_a_report_has_the_tasks_of_the_checkpoint_s_world(untrained, tmp_path, monkeypatch):
+    """What train.py prints of an untrained model: what the section "data" of its config names."""
+    whole = evaluate.evaluate_shapes
+    few = lambda *args, **options: whole(*args, **options | {"scenes": 4})
+    monkeypatch.setattr(evaluate, "evaluate_shapes", few)
+    config = OrthusConfig.preset("tiny", num_hidden_layers=1, hidden_size=64, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=64, head_width=64)  # fmt: skip
+    model = Orthus(config)
+    model.init_weights()
+    data = {"tasks": {"text_to_image": 1.0, "editing": 1.0}, "captions": {"colours": 1.0}}
+    sections = {"model": asdict(config), "data": data, "generation": {"steps": 1, "max_tokens": 40}}
+    tokenizer = ROOT / "checkpoints" / "tiny" / "tokenizer.model"
+    checkpoint.write(untrained, sections, model=model.state_dict(), tokenizer=tokenizer)
+    folder = tmp_path / "sheets"
+    folder.mkdir()
+    table = evaluate.report(untrained, folder, 2)
+    results = json.loads((folder / "evaluation.json").read_text())
+    assert [name for name in results if name in evaluate.TASKS] == ["text to image", "editing"]
+    assert list(results["text to image"]) == ["colours", "all", UNSEEN]
+    assert results["editing"]["all"]["total"] == 2
+    assert table == evaluate.show(results) and "colours" in table and "stories" not in table
+    assert {p.suffix for p in folder.iterdir()} == {".png", ".json"}
+
+
+def test_speed_prints_ratios_and_fast_paths_change_nothing(run_main, monkeypatch):
+    """Pictures and start-up, the expensive rows, are replaced."""
+    blank = lambda _, requests, **options: [Answer([Segment(BLACK, True)]) for _ in requests]
+    monkeypatch.setattr(evaluate, "generate", blank)
+    monkeypatch.setattr(evaluate, "start_up", lambda directory: (1.0, 1.4))
+    monkeypatch.setattr(evaluate, "operators", lambda device: (1234, 321))
+    tiny = ROOT / "checkpoints" / "tiny"
+    flags = ["--rounds", 1, "--device", "cpu", "--checkpoint", tiny]
+    code, out, _ = run_main(evaluate, "speed", *flags)
+    rows = out.splitlines()
+    assert code == 0 and len(rows) == 7
+    assert all(float(row.split()[-1]) < 1e-3 for row in rows[1:5])
+    assert float(rows[5].split()[-1]) == 1.4 and rows[6].split()[-2:] == ["1234", "321"]
+
+
+def test_a_latent_takes_few_operators():
+    with torch.inference_mode():
+        head, backbone = evaluate.operators(torch.device("cpu"))
+    assert 1000 < head <= 2800 and 100 < backbone <= 400
+
+
 def test_a_world_is_the_one_that_the_checkpoint_was_trained_on(untrained):
     config = json.loads((untrained / "config.json").read_text())
     config["data"] = asdict(ShapesConfig()) | {"colours": ["red", "mauve"]}
@@ -391,6 +467,9 @@ def test_a_world_is_the_one_that_the_checkpoint_was_trained_on(untrained):
         (["shapes", "--device", "toaster"], "toaster"),
         (["shapes", "--json", "no/such/folder/file.json"], "no/such/folder"),
         (["speed", "--checkpoint", "nowhere"], "nowhere"),
+        (["speed", "--rounds", "0"], "--rounds"),
+        (["shapes", "--batch-size", "0"], "--batch-size"),
+        (["shapes", "--json", "."], "--json ."),
         (["triangles"], "triangles"),
     ],
 )

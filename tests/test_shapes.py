@@ -171,6 +171,18 @@ def test_a_single_thing_is_drawn_where_and_as_it_says():
     assert rows.mean() == pytest.approx(39.5, abs=0.3)
 
 
+def test_the_palette_is_the_one_that_models_were_trained_on():
+    assert shapes.BACKGROUND == (250, 248, 242)
+    assert shapes.COLOURS == {
+        "red": (220, 40, 40),
+        "green": (40, 160, 60),
+        "blue": (45, 80, 220),
+        "yellow": (240, 200, 30),
+        "purple": (150, 60, 190),
+        "orange": (245, 130, 30),
+    }
+
+
 @pytest.mark.parametrize(
     "shape, area", [("circle", math.pi), ("square", 2.645), ("triangle", 1.871), ("star", 1.911)]
 )

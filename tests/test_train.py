@@ -1,6 +1,7 @@
 """train.py: what a step is, value by value; that every stage learns; and that nothing is lost."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -29,7 +30,7 @@ from orthus import Orthus
 from vae import VQVAE
 
 FAST = dict(preset="nano", steps=2, batch_size=8, workers=0, log_every=1, save_every=10**6,
-            validate_every=10**6, pictures_every=0, dtype="float32", quantise_from=1)  # fmt: skip
+            validate_every=10**6, pictures_every=0, dtype="float32", quantise_from=0)  # fmt: skip
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=2, head_width=48)  # fmt: skip
 SMALL_VAE = dict(base_channels=8, channel_multiplier=(1, 1, 2, 2))
@@ -44,6 +45,14 @@ def small_presets():
         yield
 
 
+@functools.cache
+def disc(place: int, colour: tuple[int, int, int]) -> Image.Image:
+    y, x = np.mgrid[:32, :32] - 8 - place
+    pixels = np.full((32, 32, 3), 240, np.uint8)
+    pixels[x**2 + y**2 < 40] = colour
+    return Image.fromarray(pixels)
+
+
 class World:
     """Endless: pictures of a disc, its caption, a question about it, an edit of it."""
 
@@ -51,10 +60,7 @@ class World:
         self.seed = seed
 
     def picture(self, index: int, grey: int = 0) -> Image.Image:
-        y, x = np.mgrid[:32, :32] - 8 - (index + self.seed) % 5 * 4
-        pixels = np.full((32, 32, 3), 240, np.uint8)
-        pixels[x**2 + y**2 < 40] = [20 * (index % 9) + grey, 60, 30 + grey]
-        return Image.fromarray(pixels)
+        return disc((index + self.seed) % 5 * 4, (20 * (index % 9) + grey, 60, 30 + grey))
 
     def example(self, index: int) -> list[Segment]:
         image, mask = self.picture(index), Image.new("L", (32, 32), 255)
@@ -62,7 +68,7 @@ class World:
         return [
             [Segment("a dark disc"), drawn],
             [Segment(image), Segment("How many discs are there?"), Segment("one", True)],
-            [Segment(image), Segment("Make the disc blue."), Segment(self.picture(index, 60), True)],
+            [Segment(image), Segment("Make it blue."), Segment(self.picture(index, 60), True)],
             [Segment("a pale disc"), drawn],
         ][index % 4]
 
@@ -130,7 +136,8 @@ def stages(monkeypatch):
     """Every stage that training makes, as it goes."""
     made = []
     for name, make in train.STAGES.items():
-        monkeypatch.setitem(train.STAGES, name, lambda *a, make=make: made.append(make(*a)) or made[-1])
+        keep = lambda *a, make=make: made.append(make(*a)) or made[-1]
+        monkeypatch.setitem(train.STAGES, name, keep)
     return made
 
 
@@ -183,6 +190,7 @@ def test_what_is_differentiated_is_the_papers_loss_with_the_runs_own_lambda(
     text = (labels != -100) & ~drawn
     wanted = batch.labels[batch.tokens == model.config.image_id] == model.config.image_id
     generator = torch.Generator().manual_seed(3 * 2**32)
+    torch.randn(encoded.shape, generator=generator)  # of the input noise, here times zero
     image = model.image_head.loss(hidden[drawn], encoded[wanted], generator=generator)
     (F.cross_entropy(model.lm_head(hidden[text]), labels[text]) + 7.0 * image).backward()
     for name, p in model.named_parameters():
@@ -269,9 +277,10 @@ def test_what_is_saved_is_the_running_average(road, tmp_path, monkeypatch, stage
         average = {n: decay * average[n].detach() + (1 - decay) * now[n] for n in now}
     saved = checkpoint.open_checkpoint(run).tensors("model")
     assert saved.keys() == average.keys()
+    raw = state(run)["weights"]
     for n in average:
         close(saved[n], average[n], 1e-6)
-        assert torch.equal(state(run)["weights"][n], weights[-1][n])
+        assert torch.equal(raw[n], weights[-1][n])
     assert max((saved[n] - weights[-1][n]).abs().max() for n in average) > 1e-4
 
 
@@ -292,7 +301,7 @@ def test_input_noise_is_on_what_is_read_of_output_images_alone(road):
     drawn = batch.labels[batch.tokens == stage.model.config.image_id] != -100
     noise = (seen["read"] - clean) / clean.std()
     assert 0.45 < noise[drawn].std() < 0.55 and drawn.any()
-    assert not noise[~drawn].any() and not drawn.all()
+    assert noise[~drawn].abs().max() < 1e-4 and not drawn.all()
     close(seen["targets"], clean)
 
 
@@ -330,7 +339,7 @@ def test_revived_codes_start_anew_in_moments_and_average():
         moments, before = set_moments(), book.detach().clone()
         stage.after_step(step, optimizer, average)
         changed = (book != before).any(1)
-        assert bool(changed.any()) == (step in (0, 3))  # at quantise_from all of them, then dead ones
+        assert bool(changed.any()) == (step in (0, 3))  # all of them, then dead ones
         assert len(moments) == 2
         for moment in moments:
             assert (moment[changed] == 0).all() and (moment[~changed] == 1).all()
@@ -430,9 +439,9 @@ FIELDS = {
     "warmup": ("vae", 1.0, {}), "optimizer": ("vae", "adamw", {}),
     "betas": ("decoder", (0.5, 0.9), dict(steps=3)), "weight_decay": ("vae", 1.0, {}),
     "grad_clip": ("vae", 1e-5, {}), "ema": ("decoder", 0.0, {}),
-    "quantise_from": ("vae", 0, {}), "quantised_share": ("vae", 0.5, {}),
-    "revive_every": ("vae", 1, dict(revive_until=1.0, quantise_from=0)),
-    "revive_until": ("vae", 1.0, dict(revive_every=1, quantise_from=0, revive_until=0.0)),
+    "quantise_from": ("vae", 1, {}), "quantised_share": ("vae", 0.5, {}),
+    "revive_every": ("vae", 1, dict(revive_until=1.0)),
+    "revive_until": ("vae", 1.0, dict(revive_every=1, revive_until=0.0)),
     "commitment": ("vae", 10.0, {}), "detail_weight": ("vae", 5.0, {}),
     "latent_noise": ("decoder", 0.0, {}), "isotropy": ("vae", 1.0, {}),
     "image_loss_weight": ("posttrain", 50.0, {}), "vision_embedding": ("base", "linear", {}),
@@ -489,7 +498,8 @@ def test_the_machine_is_as_asked(monkeypatch):
         config = make_config("vae", device="cpu", dtype="auto", threads=3)
         assert train.choose_machine(config) == (torch.device("cpu"), dtype)
     assert threads == [3, 3]
-    assert "no-such" in complaint(lambda: train.choose_machine(make_config("vae", device="no-such")))
+    config = make_config("vae", device="no-such")
+    assert "no-such" in complaint(lambda: train.choose_machine(config))
 
 
 # --- Base ---
@@ -497,7 +507,7 @@ def test_the_machine_is_as_asked(monkeypatch):
 
 def test_base_moves_the_way_in_and_the_head_alone(road, tmp_path):
     before = checkpoint.open_checkpoint(road["base"]).tensors("model")
-    after = state(run_stage("base", tmp_path / "run", road["base"], weight_decay=0.1))["weights"]
+    after = state(run_stage("base", tmp_path / "run", road["base"], steps=6))["weights"]
     config = orthus.OrthusConfig.preset("nano")
     codes = range(config.image_code_start, config.image_code_start + config.num_codes)
     for name in before:
@@ -564,9 +574,11 @@ def resume(run, *more) -> list:
 
 
 def in_child(args, until) -> None:
-    """Start training in a process of its own, and kill it when until() holds."""
+    """Start training, slowed down, in a process of its own, and kill it when until() holds."""
 
     def body():
+        update = train.update_average
+        train.update_average = lambda *a: (time.sleep(0.05), update(*a))
         sys.argv = ["train.py", *map(str, args)]
         train.main()
 
@@ -584,10 +596,12 @@ def test_a_run_goes_on_from_kills_at_random_moments_to_the_bit(road, tmp_path, c
     assert cli(*flags(whole, road["decoder"]))[0] == 0
     in_child(flags(parts, road["decoder"]), (parts / "run.json").is_file)  # before the first save
     rng = random.Random(time.time_ns())
-    for _ in range(2):
-        moment = time.time() + rng.uniform(0, 0.5)
-        in_child(resume(parts), lambda moment=moment: time.time() > moment)
-    if (train.newest_save(parts) or parts).name != "step-00000006":
+    for save in ("step-00000002", "step-00000004"):
+        in_child(resume(parts), (parts / save).exists)
+        if train.newest_save(parts).name != "step-00000006":
+            moment = time.time() + rng.uniform(0, 0.3)
+            in_child(resume(parts), lambda moment=moment: time.time() > moment)
+    if train.newest_save(parts).name != "step-00000006":
         code, said = cli(*resume(parts))
         assert code == 0, said
     assert same(state(whole), state(parts))
@@ -641,7 +655,8 @@ def test_a_nan_stops_the_run_and_its_advice_works(road, tmp_path, cli, monkeypat
 
 
 def test_a_full_disk_keeps_the_save_before(road, tmp_path, cli, monkeypatch):
-    for n, error in enumerate((OSError(28, "No space left on device"), RuntimeError("write failed"))):
+    errors = OSError(28, "No space left on device"), RuntimeError("write failed")
+    for n, error in enumerate(errors):
         run, write, calls = tmp_path / str(n), torch.save, itertools.count()
 
         def fails(*args, write=write, calls=calls, error=error):
@@ -675,14 +690,15 @@ def test_resume_needs_nothing_of_where_a_run_began(road, tmp_path, cli, stopped)
 def test_a_damaged_save_is_named(cli, stopped):
     path = stopped / "step-00000002" / "state.pt"
     content, mark = path.read_bytes(), path.with_name("state.sha256")
+    middle = len(content) // 2
 
     def refused(word: str) -> None:
         code, said = cli(*resume(stopped))
         error = said.splitlines()[-1]
         assert code == 2 and word in error and "Traceback" not in said
 
-    path.write_bytes(content[:-200] + bytes([content[-200] ^ 1]) + content[-199:])
-    refused("damaged")
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    refused("checksum")
     for wrong in ([1], {"step": 2}, {"step": 2, "weights": {}, "average": {}, "optimizer": []}):
         torch.save(wrong, path)
         mark.write_text(train.digest(path))
@@ -755,7 +771,8 @@ def test_latents_encoded_ahead_give_the_same_losses(road, tmp_path):
                               **options) for n in (0, 24))  # fmt: skip
     few = run_stage("posttrain", tmp_path / "few", road["posttrain"], Few(), **options)
     assert not (plain / "encoded").exists() and (few / "encoded").exists()
-    assert [d["loss"] for d in lines(plain)] == pytest.approx([d["loss"] for d in lines(ahead)], rel=1e-3)
+    losses, losses_ahead = ([d["loss"] for d in lines(run)] for run in (plain, ahead))
+    assert losses == pytest.approx(losses_ahead, rel=1e-3)
 
 
 def test_encoding_ahead_goes_on_where_it_was_interrupted(road, tmp_path):
@@ -817,7 +834,8 @@ def test_the_whole_road_goes_on_where_it_stopped(tmp_path, cli, monkeypatch):
     assert cli(*args)[0] == 130
     assert cli(*args)[0] == 0
     assert begun == ["vae", "decoder", "decoder", "chameleon", "base", "posttrain"]
-    assert {t.dtype for t in checkpoint.open_checkpoint(out).tensors("model").values()} == {torch.bfloat16}
+    tensors = checkpoint.open_checkpoint(out).tensors("model").values()
+    assert {t.dtype for t in tensors} == {torch.bfloat16}
     sample.load(out)
     assert cli(*args)[0] == 0 and len(begun) == 6
     seeds = [json.loads((out / n / "run.json").read_text())["config"]["seed"] for n in train.STAGES]
@@ -825,11 +843,11 @@ def test_the_whole_road_goes_on_where_it_stopped(tmp_path, cli, monkeypatch):
 
 
 def test_flags_of_the_world_reach_the_data(road, tmp_path, cli):
-    more = ["--tasks", "editing", "--edits", "add=1", "--max-objects", 3, "--digits", 0.25,
-            "--captions", "two=1", "--questions", "count"]  # fmt: skip
+    more = ["--tasks", "editing", "--edits", "add", "--max-objects", 3, "--digits", 0.25,
+            "--captions", "two objects=1", "--questions", "count"]  # fmt: skip
     code, said = cli(*flags(tmp_path / "run", road["decoder"], "--steps", 1, *more))
     assert code == 0, said
     world = checkpoint.open_checkpoint(tmp_path / "run").section("data")
     assert world["tasks"] == {"editing": 1.0} and world["edits"] == {"add": 1.0}
     assert world["max_objects"] == 3 and world["digits"] == 0.25
-    assert world["captions"] == {"two": 1.0} and world["questions"] == {"count": 1.0}
+    assert world["captions"] == {"two objects": 1.0} and world["questions"] == {"count": 1.0}
