@@ -42,6 +42,7 @@ def small_presets():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(orthus.PRESETS, "nano", orthus.PRESETS["nano"] | SMALL)
         patch.setitem(vae.PRESETS, "nano", vae.PRESETS["nano"] | SMALL_VAE)
+        patch.setattr(os, "fsync", lambda file: None)  # hundreds of saves need not reach the disk
         yield
 
 
@@ -777,7 +778,7 @@ def test_latents_encoded_ahead_give_the_same_losses(road, tmp_path):
 
 def test_encoding_ahead_goes_on_where_it_was_interrupted(road, tmp_path):
     autoencoder = VQVAE.from_pretrained(road["posttrain"])
-    whole = train.Encoded(World(), 150, autoencoder, tmp_path / "whole")
+    whole = train.Encoded(World(), 150, autoencoder, tmp_path / "whole", {})
 
     class Breaks(World):
         def example(self, index):
@@ -786,12 +787,12 @@ def test_encoding_ahead_goes_on_where_it_was_interrupted(road, tmp_path):
             return super().example(index)
 
     with pytest.raises(KeyboardInterrupt):
-        train.Encoded(Breaks(), 150, autoencoder, tmp_path / "parts")
+        train.Encoded(Breaks(), 150, autoencoder, tmp_path / "parts", {})
     with open(tmp_path / "parts" / "latents", "ab") as file:
         file.write(b"torn")
     asked, world = [], World()
     example, world.example = world.example, lambda i: asked.append(i) or example(i)
-    parts = train.Encoded(world, 150, autoencoder, tmp_path / "parts")
+    parts = train.Encoded(world, 150, autoencoder, tmp_path / "parts", {})
     assert min(asked) == 64 and len(parts) == 150
     assert np.array_equal(whole.latents, parts.latents) and whole.segments == parts.segments
 
