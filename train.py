@@ -1058,13 +1058,13 @@ def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConf
 
 def check_size(start: Checkpoint, preset: str) -> None:
     """A checkpoint of one preset's size is not trained with another's settings."""
-    for section, name, kind in (("model", "hidden_size", OrthusConfig),
-                                ("vae", "base_channels", VQVAEConfig)):  # fmt: skip
-        value = start.config.get(section, {}).get(name)
-        fitting = [p for p in PRESETS if getattr(kind.preset(p), name) == value]
-        if fitting and preset not in fitting:
-            raise ValueError(f"{start} has the size of preset {fitting[0]}, not {preset} ({name} "
-                             f"is {value}); give --preset {fitting[0]}")
+    part = ("model", "hidden_size", OrthusConfig), ("vae", "base_channels", VQVAEConfig)
+    section, name, kind = part["model" not in start.config]
+    value = start.section(section)[name]
+    fitting = [p for p in PRESETS if getattr(kind.preset(p), name) == value]
+    if fitting and preset not in fitting:
+        raise ValueError(f"{start} has the size of preset {fitting[0]}, not {preset} ({name} is "
+                         f"{value}); give --preset {fitting[0]}")
 
 
 def start_run(name: str, out: str, given: dict, resume: bool) -> None:

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from conftest import close, complaint
 from PIL import Image
+from test_released import hub_chameleon
 
 import checkpoint
 import data
 import orthus
+import released
 import sample
 import train
 import vae
@@ -81,7 +83,7 @@ class Few(World):
     """The same with a length."""
 
     def __len__(self):
-        return 8
+        return 4
 
 
 def make_config(name: str, **changes) -> train.TrainConfig:
@@ -160,7 +162,8 @@ LEFT = {"vae": 0.6, "decoder": 0.8, "chameleon": 0.5, "base": 0.9, "posttrain": 
 
 @pytest.mark.parametrize("name", train.STAGES)
 def test_sixty_steps_on_one_batch_bring_the_loss_down(road, tmp_path, name):
-    changes = dict(steps=60, lr=3e-3, guidance_dropout=0.0, revive_every=10**6, log_every=10)
+    changes = dict(steps=60, batch_size=4, lr=3e-3, guidance_dropout=0.0, revive_every=10**6,
+                   log_every=10)  # fmt: skip
     if name == "decoder":
         changes["lr"] = 1e-2
     run = run_stage(name, tmp_path / "run", road[name], Few(), **changes)
@@ -321,7 +324,7 @@ def test_what_the_decoder_reads_is_noisy(road, monkeypatch, name):
 
 
 def test_revived_codes_start_anew_in_moments_and_average():
-    options = dict(steps=10, quantise_from=1, revive_every=4, revive_until=0.5, batch_size=64)
+    options = dict(steps=10, quantise_from=1, revive_every=4, revive_until=0.5, batch_size=16)
     stage = make_stage("vae", **options)
     optimizer = train.make_optimizer(stage.model, make_config("vae", **options), torch.float32)
     average = {n: p.detach().clone() for n, p in stage.model.named_parameters()}
@@ -543,6 +546,27 @@ def test_every_ablation_trains_and_samples(road, tmp_path, way):
     request = sample.Request([Segment("a dark disc")])
     (answer,) = sample.generate(pipeline, [request], progress=False, steps=2, min_images=1)
     assert len(answer.images) >= 1
+
+
+def test_a_released_chameleon_becomes_an_orthus(tmp_path, cli, monkeypatch):
+    fields = released.hub_model_fields
+    narrow = lambda *a: fields(*a) | {"head_width": 48}  # the release's head is not small
+    monkeypatch.setattr(released, "hub_model_fields", narrow)
+    hub = hub_chameleon(tmp_path / "hub")
+    more = ["--preset", "7b", "--batch-size", 2, "--steps", 1, "--lr", 1e-12, "--save-every", 1]
+    code, said = cli("base", *flags(tmp_path / "run", hub, *more)[1:])
+    assert code == 0, said
+    before, after = Orthus.from_pretrained(hub), Orthus.from_pretrained(tmp_path / "run")
+    kinds = after.config.vision_embedding, after.config.image_head
+    assert kinds == ("softmax", "diffusion")
+    assert (after.config.tau, after.config.latent_scale) == (1.0, 0.1)  # the release's
+    for name, p in before.named_parameters():
+        close(after.get_parameter(name), p, 1e-6)  # but for one step at a vanishing rate
+    pipeline = sample.load(tmp_path / "run")
+    assert pipeline.defaults.cfg_scale == 5.0 and pipeline.defaults.image_first
+    request = sample.Request([Segment("a fox")])
+    (answer,) = sample.generate(pipeline, [request], progress=False, steps=2, max_tokens=20)
+    assert len(answer.images) == 1
 
 
 # --- Nothing is lost ---
