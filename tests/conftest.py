@@ -3,6 +3,7 @@
 import ast
 import json
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # models are so small that a second thread would only wait
+tqdm.set_lock(threading.RLock())  # its own is shared with forked children: killed, they keep it
 
 
 def seeded(seed: int) -> torch.Generator:
