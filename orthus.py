@@ -122,9 +122,9 @@ TINY = dict(
     image_loss_weight=5.0, eoi_id=2052, boi_id=2053, sep_id=2054, image_id=2055,
 )
 NANO = TINY | dict(
-    vocab_size=768, hidden_size=128, intermediate_size=320, num_hidden_layers=4,
-    num_attention_heads=4, num_key_value_heads=4, num_codes=512, latent_channels=16,
-    head_width=256, eoi_id=516, boi_id=517, sep_id=518, image_id=519,
+    vocab_size=392, hidden_size=128, intermediate_size=320, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=4, num_codes=256, head_width=256,
+    eoi_id=260, boi_id=261, sep_id=262, image_id=263,
 )
 PRESETS = {"7b": {}, "tiny": TINY, "nano": NANO}
 

@@ -206,6 +206,7 @@ class ShapesConfig:
     edits: dict[str, float] = weights(EDITS, "kinds of edit")
     digits: float = within(0.9, 0, 1, "share of large things with a digit (default: 0.9)")
     max_objects: int = within(4, 2, 4, "things in a scene (default: 4)")
+    min_objects: int = within(1, 1, 4, "things in a picture of no task (default: 1)")
     shapes: tuple[str, ...] = SHAPES
     colours: tuple[str, ...] = tuple(COLOURS)
 
@@ -425,12 +426,15 @@ class Shapes:
 
     def some_things(self, rng: random.Random) -> Scene:
         """One to max_objects things of any kind."""
-        number = rng.randint(1, self.config.max_objects)
+        return self.things(rng, rng.randint(1, self.config.max_objects))
+
+    def things(self, rng: random.Random, number: int) -> Scene:
         return place([self.pick(rng) for _ in range(number)], rng)
 
     def random_scene(self, rng: random.Random) -> Scene:
-        """The same, a share of the large ones with digits."""
-        return write_digits(self.some_things(rng), rng, self.config.digits)
+        """min_objects to max_objects things, a share of the large ones with digits."""
+        number = rng.randint(self.config.min_objects, self.config.max_objects)
+        return write_digits(self.things(rng, number), rng, self.config.digits)
 
     def image(self, rng: random.Random, kind: str = "image") -> Example:
         things = self.random_scene(rng)

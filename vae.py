@@ -70,8 +70,7 @@ TINY = dict(
     groups=1,  # twice as fast in training on a CPU as 8 or 32
 )
 NANO = TINY | dict(
-    resolution=32, base_channels=16, channel_multiplier=(1, 2, 3, 3), latent_channels=16,
-    num_codes=512,
+    resolution=32, base_channels=16, channel_multiplier=(1, 2, 4, 4), num_codes=256
 )
 PRESETS = {"7b": {}, "tiny": TINY, "nano": NANO}
 
@@ -251,6 +250,16 @@ class VQVAE(nn.Module):
         self.quantize = Quantizer(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """For training from nothing: orthogonal convolutions, and residual branches that begin
+        closed. With PyTorch's own values a small autoencoder learned shapes much later."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias") or ".conv2." in name or "proj_out" in name:
+                nn.init.zeros_(p)
+            elif p.ndim == 4:
+                nn.init.orthogonal_(p)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> continuous latents (B, L, C): the quantiser is skipped."""
