@@ -580,6 +580,7 @@ class RegressionHead(nn.Module):
         return self.mlp(hidden.to(self.mlp[0].weight.dtype)).float()
 
     def loss(self, hidden: Tensor, latents: Tensor, generator=None) -> Tensor:
+        """Hidden (N, D), latents (N, C) -> squared error in scaled units, without noise."""
         return F.mse_loss(self(hidden), latents.float() * self.latent_scale)
 
     def prepare(self, steps: int) -> None: ...

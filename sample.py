@@ -206,9 +206,10 @@ def is_interleaved(request: Request, options: Options) -> bool:
     return bool(request.images) or options.min_images > 1
 
 
-def contexts(request: Request, defaults: Generation, options: Options):
+def contexts(request: Request, defaults: Generation,
+             options: Options) -> list[tuple[list[Segment], float]]:
     """The prompts under which an image of the answer is predicted, the full one first, each with
-    its weight in the sum of the head's outputs: [(segments, weight)]; the weights add up to 1.
+    its weight in the sum of the head's outputs; the weights add up to 1.
 
     Two contexts, full f and empty e (an ordinary sentence, "Generate an image."): e + s (f - e).
     Three, where the prompt holds images i and text:  e + s_image (i - e) + s_text (f - i).

@@ -568,9 +568,3 @@ def shapes_texts(config: ShapesConfig | None = None) -> list[str]:
     world = Shapes(0, config, allow_unseen=True)
     said = (segment.content for i in range(4000) for segment in world.example(i))
     return [*(text for text in said if isinstance(text, str)), "Generate an image.", *"0123456789"]
-
-
-def shapes_words(config: ShapesConfig | None = None) -> list[str]:
-    """Every word of a Shapes world, for the warning about words that a model never saw."""
-    words = {w.strip(".,?!") for text in shapes_texts(config) for w in text.split()}
-    return sorted(words - set("0123456789"), key=lambda w: (w.lower(), w)) + list("0123456789")

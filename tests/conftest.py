@@ -1,6 +1,5 @@
 """Lets tests import the top-level files, and holds the few helpers that several of them share."""
 
-import ast
 import json
 import sys
 import threading
@@ -86,14 +85,3 @@ def complaint(action) -> str:
         action()
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def attributes_read(outside: str) -> set[str]:
-    """Names of the attributes that the top-level files read, the class `outside` left out."""
-    read = set()
-    for path in ROOT.glob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        tree.body = [node for node in tree.body if getattr(node, "name", None) != outside]
-        nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
-        read |= {node.attr for node in nodes if isinstance(node.ctx, ast.Load)}
-    return read
