@@ -25,6 +25,7 @@ import data
 import orthus
 import released
 import sample
+import stages
 import train
 import vae
 from data import Segment
@@ -135,7 +136,7 @@ def road(tmp_path_factory, small_presets):
 
 
 @pytest.fixture
-def stages(monkeypatch):
+def every_stage(monkeypatch):
     """Every stage that training makes, as it goes."""
     made = []
     for name, make in train.STAGES.items():
@@ -175,12 +176,12 @@ def test_sixty_steps_on_one_batch_bring_the_loss_down(road, tmp_path, name):
 
 
 def test_what_is_differentiated_is_the_papers_loss_with_the_runs_own_lambda(
-    road, tmp_path, stages, at_step
+    road, tmp_path, every_stage, at_step
 ):
     seen = {}
 
     def keep(optimizer):
-        seen.update({n: p.grad.clone() for n, p in stages[0].model.named_parameters()})
+        seen.update({n: p.grad.clone() for n, p in every_stage[0].model.named_parameters()})
 
     at_step(keep)
     options = dict(image_loss_weight=7.0, input_noise=0.0, steps=1, grad_clip=1e9, seed=3)
@@ -266,12 +267,12 @@ def test_orthogonalise_works_in_the_dtype_that_it_gets(shape, dtype):
     assert 0.6 < values.min() and values.max() < 1.3
 
 
-def test_what_is_saved_is_the_running_average(road, tmp_path, monkeypatch, stages):
+def test_what_is_saved_is_the_running_average(road, tmp_path, monkeypatch, every_stage):
     weights, step = [], train.Optimizers.step
 
     def keep(self):
         step(self)
-        weights.append({n: p.detach().clone() for n, p in stages[0].model.named_parameters()})
+        weights.append({n: p.detach().clone() for n, p in every_stage[0].model.named_parameters()})
 
     monkeypatch.setattr(train.Optimizers, "step", keep)
     run = run_stage("posttrain", tmp_path / "run", road["posttrain"], steps=6, ema=0.3, lr=1e-2)
@@ -333,7 +334,7 @@ def test_revived_codes_start_anew_in_moments_and_average():
     def set_moments() -> list:
         stage.losses(stage.batch(World(), 0)[0], 5, torch.Generator())["loss"].backward()
         optimizer.step()
-        moments = [m for k, m in optimizer.state(book).items() if k != "step"]
+        moments = [m for k, m in optimizer.moments(book).items() if k != "step"]
         for moment in moments:
             moment.fill_(1)
         return moments
@@ -341,7 +342,7 @@ def test_revived_codes_start_anew_in_moments_and_average():
     set_moments()
     for step in range(10):
         moments, before = set_moments(), book.detach().clone()
-        stage.after_step(step, optimizer, average)
+        stage.after_step(step, optimizer.moments, average)
         changed = (book != before).any(1)
         assert bool(changed.any()) == (step in (0, 3))  # all of them, then dead ones
         assert len(moments) == 2
@@ -426,7 +427,7 @@ def test_a_share_of_prompts_is_dropped_for_guidance(road):
         own = stage.model.config
         words = data.Tokenizer(stage.tokenizer, own.image_id + 1, own.unk_id)
         texts = [words.decode(row.tolist()) for row in batch.tokens]
-        plain = sum(train.UNCONDITIONAL in text for text in texts)
+        plain = sum(stages.UNCONDITIONAL in text for text in texts)
         alone = sum(not text.strip() for text in texts)  # an edit without its instruction
         return (plain + alone) / 300  # a fourth of the examples draws nothing
 
@@ -670,9 +671,9 @@ def test_ctrl_c_before_the_first_save_tells_the_truth(road, tmp_path, cli, monke
 def test_a_nan_stops_the_run_and_its_advice_works(road, tmp_path, cli, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        error = train.reconstruction_loss
+        error = stages.reconstruction_loss
         calls = itertools.count()
-        patch.setattr(train, "reconstruction_loss",
+        patch.setattr(every_stage, "reconstruction_loss",
                       lambda *a: error(*a) * (math.nan if next(calls) == 3 else 1))  # fmt: skip
         code, said = cli(*flags(run, road["decoder"]))
     assert code == 2 and "lower --lr" in said and "step-00000002" in said
