@@ -673,7 +673,7 @@ def test_a_nan_stops_the_run_and_its_advice_works(road, tmp_path, cli, monkeypat
     with monkeypatch.context() as patch:
         error = stages.reconstruction_loss
         calls = itertools.count()
-        patch.setattr(every_stage, "reconstruction_loss",
+        patch.setattr(stages, "reconstruction_loss",
                       lambda *a: error(*a) * (math.nan if next(calls) == 3 else 1))  # fmt: skip
         code, said = cli(*flags(run, road["decoder"]))
     assert code == 2 and "lower --lr" in said and "step-00000002" in said
