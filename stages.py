@@ -564,11 +564,8 @@ def base_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -
     model.vision_embedding.requires_grad_(True)
     model.image_head.requires_grad_(True)
     if model.config.vision_embedding != "linear":
-        model.embed_tokens.requires_grad_(True)
-        is_code = torch.zeros(model.config.vocab_size, 1, device=config.device)
-        first = model.config.image_code_start
-        is_code[first : first + model.config.num_codes] = 1  # the w_j alone, no text row
-        model.embed_tokens.weight.register_hook(lambda gradient: gradient * is_code)
+        model.embed_tokens.requires_grad_(True)  # the w_j alone: text is looked up as it is
+        model.embed_tokens.register_forward_hook(lambda *call: call[-1].detach())
     generation = start.section("generation")
     if config.preset == "7b":  # Chameleon becomes Orthus
         generation |= {"cfg_scale": 5.0, "image_first": True}

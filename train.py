@@ -3,17 +3,19 @@
     python train.py vae|decoder|chameleon|base|posttrain --out DIR [--init DIR] [--resume]
     python train.py all --preset nano --out DIR    the whole road, a run per stage, its evaluation
     python train.py curves RUN ... --out FILE      loss curves of runs, as a picture
+    torchrun --nproc-per-node N train.py ...       a stage of the transformer on N devices
 
 A run is a folder: run.json (what it runs with), log.jsonl, samples.png, and saves step-00000500/
 that appear when they are whole, the last two kept: checkpoints of the averaged weights, with a
 state.pt from which --resume goes on exactly. Data and noise depend on (seed, step) alone.
-Reading order: optimisers, runs and their saves, validation, train(), the command line.
+Reading order: processes, optimisers, runs and their saves, validation, train(), the command line.
 """
 
 import argparse
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -41,6 +44,75 @@ from shapes import Shapes, ShapesConfig, shapes_texts
 from stages import (BASE_ALONE, PRESETS, STAGES, WORLDS, Encoded, MicroBatch, Stage, TrainConfig,
                     asdict)
 from vae import VQVAEConfig
+
+
+# --- Processes: each holds its share of what is trained and takes its share of the micro-batches -
+
+
+def join() -> None:
+    """The processes that torchrun started, if it did. The first alone prints and writes."""
+    if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=datetime.timedelta(days=1))  # one may encode for hours
+        if place()[0]:
+            sys.stdout = open(os.devnull, "w")
+
+
+def place() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def share(model: nn.Module, device: torch.device) -> None:
+    """FSDP: a layer is whole only while it computes; the rest longer, as heads follow forward."""
+    from torch.distributed.fsdp import fully_shard  # here: it takes a second to import
+
+    mesh = dist.init_device_mesh(device.type, (place()[1],))
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=part is not model)
+
+
+def shared_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, or this process's share of it where `like` is shared."""
+    if not hasattr(like, "full_tensor"):
+        return tensor.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).clone()
+
+
+def gathered(value):
+    """A state with its shared tensors whole again, in the first process's ordinary memory."""
+    if isinstance(value, dict):
+        return {k: gathered(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [gathered(v) for v in value]
+    if not hasattr(value, "full_tensor"):
+        return value
+    value = value.full_tensor()  # all processes have to take part
+    return None if place()[0] else value.cpu()
+
+
+def for_all(loss: Tensor, model: nn.Module) -> Tensor:
+    """FSDP averages gradients, where they are to add up, and wants all of them from all processes,
+    also where a micro-batch holds no image, or no text."""
+    rest = (p for p in model.parameters() if p.requires_grad and not hasattr(p, "full_tensor"))
+    return place()[1] * loss + 0 * sum(p.sum() for p in rest)
+
+
+def summed(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Over all processes."""
+    if place()[1] == 1:
+        return values
+    sums = torch.stack([v.float().cpu() for v in values.values()])
+    dist.all_reduce(sums)
+    return dict(zip(values, sums, strict=True))
 
 
 # --- Optimisers, schedule, average ---------------------------------------------------------------
@@ -76,8 +148,9 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(momentum, 0.95).flatten(1)  # Nesterov's
                 scale = 0.2 * math.sqrt(max(update.shape))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
+                update = update.full_tensor() if hasattr(p, "full_tensor") else update
                 update = orthogonalise(update.to(self.dtype)).to(p.dtype).view_as(p)
-                p.add_(update, alpha=-group["lr"] * scale)
+                p.add_(shared_as(update, p), alpha=-group["lr"] * scale)
 
 
 class Optimizers:
@@ -104,6 +177,11 @@ class Optimizers:
 
     def load_state_dict(self, states: list[dict]) -> None:
         for part, state in zip(self.parts, states, strict=True):
+            trained = [p for group in part.param_groups for p in group["params"]]
+            for number, moments in state["state"].items():
+                for key, moment in moments.items():
+                    if moment.ndim:  # Adam's count of steps is a number
+                        moments[key] = shared_as(moment, trained[number])
             part.load_state_dict(state)
 
 
@@ -149,14 +227,17 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, s
 
 def save(run: Path, stage: Stage, optimizer: Optimizers, average: dict, step: int, about: dict):
     """A new folder step-..., there when it is whole; the last two are kept."""
+    average, weights = gathered(average), gathered(stage.model.state_dict())
+    moments = gathered(optimizer.state_dict())
+    if place()[0]:
+        return
     part, whole = run / "saving", run / f"step-{step:08d}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     tensors = {"model": None, "vae": stage.vae.state_dict() if stage.vae else None}
     checkpoint.write(part, stage.config | about, **(tensors | {stage.part: average}),
                      tokenizer=stage.tokenizer)  # fmt: skip
-    state = {"step": step, "weights": stage.model.state_dict(), "average": average,
-             "optimizer": optimizer.state_dict()}  # fmt: skip
+    state = {"step": step, "weights": weights, "average": average, "optimizer": moments}
     if stage.before:
         state["before"] = stage.before.state_dict()
     with checkpoint.whole_file(part / "state.pt") as file:
@@ -196,13 +277,16 @@ def read_state(saved: Path, device) -> dict:
 def restore(state: dict, saved: Path, stage: Stage, optimizer: Optimizers) -> tuple[dict, int]:
     """Put a stage back where it was saved -> the average, and the next step."""
     try:
-        stage.model.load_state_dict(state["weights"])
+        own = stage.model.state_dict()
+        weights = {n: shared_as(t, own[n]) for n, t in state["weights"].items()}
+        stage.model.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
         if stage.before:
             stage.before.load_state_dict(state["before"])
-        average = {n: state["average"][n].clone() for n, _ in stage.model.named_parameters()}
+        average = {n: shared_as(state["average"][n], p).clone()
+                   for n, p in stage.model.named_parameters()}  # fmt: skip
         return average, state["step"]
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{saved / 'state.pt'} does not fit this run ({reason:.80}); remove "
                          f"{saved} to go on from the save before it") from None
@@ -255,6 +339,8 @@ class Validation:
                 for key in losses.keys() - {"codes_mixed"} if not name else ["image"]:
                     key_of = f"held_out_{key}{name}"
                     sums[key_of] = sums.get(key_of, 0.0) + losses[key].item()
+        if place()[1] > 1:
+            stage.model.reshard()
         return sums
 
     def pictures(self, average: dict[str, Tensor], path: Path, step: int, number: int) -> None:
@@ -313,6 +399,12 @@ def choose_machine(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, name)
 
 
+def noise_seed(config: TrainConfig, step: int, number: int) -> int:
+    """Of the noise of a step's micro-batch, whichever process computes it. A CPU's generator reads
+    32 bits: multiples of 2**32 / 1.618 keep far from each other, and so from other steps'."""
+    return config.seed * 2**32 + (step + number * 0x9E3779B9) % 2**32
+
+
 class Stopped(Exception):
     """SIGTERM: the run was saved and ends well."""
 
@@ -326,20 +418,27 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     """
     device, dtype = choose_machine(config)
     config = dataclasses.replace(config, device=str(device))
-    state = read_state(saved, device) if saved else None
+    number, count = place()
+    state = read_state(saved, device if count == 1 else "cpu") if saved else None
     torch.manual_seed(config.seed)
     stage = STAGES[name](config, dataset, start, saved is not None)
+    if count > 1:
+        share(stage.model, device)
     model, optimizer = stage.model, make_optimizer(stage.model, config, dtype)
     average = {n: p.detach().clone() for n, p in model.named_parameters()}
     first = 0
     if state:
         average, first = restore(state, saved, stage, optimizer)
-    keep_log(run / "log.jsonl", first)
+    if number == 0:
+        keep_log(run / "log.jsonl", first)
     if stage.vae and (config.cache_latents or hasattr(dataset, "__len__")):
-        number = config.cache_latents or len(dataset)
+        examples = config.cache_latents or len(dataset)
         encoder = sum(p.sum().item() for p in stage.vae.parameters())
         what = about | {"seed": config.seed, "sum of the autoencoder's weights": encoder}
-        dataset = Encoded(dataset, number, stage.vae, run / "encoded", what)
+        for turn in range(count):  # the first process encodes, the others find all encoded
+            if turn == number:
+                dataset = Encoded(dataset, examples, stage.vae, run / "encoded", what)
+            wait()
     validation = Validation(stage, config, held_out)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     loader = iter(DataLoader(
@@ -351,38 +450,43 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     before = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     generator = torch.Generator(device)
     try:
-        for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps):
+        for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps,
+                         disable=number > 0):  # fmt: skip
             waited = time.time()
             batch = next(loader)
             waited = time.time() - waited
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            generator.manual_seed(config.seed * 2**32 + step)
             sums = {}
-            for micro in batch:
+            for part in range(number, len(batch), count):
+                generator.manual_seed(noise_seed(config, step, part))
                 with autocast:
-                    losses = stage.losses(to(micro, device), step, generator)
-                losses["loss"].backward()
+                    losses = stage.losses(to(batch[part], device), step, generator)
+                (losses["loss"] if count == 1 else for_all(losses["loss"], model)).backward()
                 sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            norm = norm.full_tensor() if count > 1 else norm
+            sums = summed(sums | {"stopping": torch.tensor(float(bool(stopping)))})
+            stop = bool(sums.pop("stopping"))  # all at the same step
             optimizer.step()
             update_average(average, model, config.ema, step)
             if stage.after_step:
                 stage.after_step(step, optimizer.moments, average)
             log.add(sums | {"grad_norm": norm}, batch, waited)
             done = step + 1
-            saves = done % config.save_every == 0 or done == config.steps or bool(stopping)
+            saves = done % config.save_every == 0 or done == config.steps or stop
             checks = done % config.validate_every == 0 or done == config.steps
             if saves or checks or done % config.log_every == 0:  # before saving: a NaN raises
                 log.write(done, learning_rate(config, step),
                           validation.losses(autocast) if checks else {})  # fmt: skip
             pictures = config.pictures_every * config.validate_every
-            if pictures and stage.vae and done % pictures == 0 and validation.prompts:
-                number = done // pictures - 1
-                validation.pictures(average, run / "samples.png", done, number)
+            drawn = stage.vae and count == 1  # drawing calls no forward, which would gather
+            if pictures and drawn and done % pictures == 0 and validation.prompts:
+                row = done // pictures - 1
+                validation.pictures(average, run / "samples.png", done, row)
             if saves:
                 save(run, stage, optimizer, average, done, about)
-            if stopping and done < config.steps:
+            if stop and done < config.steps:
                 raise Stopped
     except (KeyboardInterrupt, ValueError, OSError):
         saved = newest_save(run)
@@ -414,7 +518,7 @@ class Log:
 
     def __init__(self, run: Path, stage: str, config: TrainConfig):
         self.run, self.stage, self.config, self.writer = run, stage, config, None
-        if config.tensorboard:
+        if config.tensorboard and not place()[0]:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -442,13 +546,15 @@ class Log:
                   "tokens_per_second": self.tokens / seconds, "waiting": self.waited / seconds}
         said = " ".join(f"{key} {value:.4g}" for key, value in means.items())
         tqdm.write(f"{self.stage} {step} lr {lr:.3g} {said}")
+        self.begin()
+        if place()[0]:
+            return
         with open(self.run / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps({"stage": self.stage, "step": step, "lr": lr} | means) + "\n")
         if self.writer:
             for key, value in means.items():
                 self.writer.add_scalar(f"{self.stage}/{key}", value, step)
             self.writer.flush()
-        self.begin()
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -533,6 +639,12 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
         raise ValueError(f"{run} holds a run already; give --resume or another --out" if is_run else
                          f"{run} is not empty ({found[0].name}); give another --out")
     config, worlds, init = settings(name, run, given, resume)
+    number, count = place()
+    if count > 1 and name in ("vae", "decoder"):
+        raise ValueError(f"stage {name} trains in one process, not {count}; leave out torchrun")
+    if config.micro_batches % count or count > 1 and config.batch_size % config.micro_batches:
+        raise ValueError(f"micro_batches is {config.micro_batches}; want a multiple of the {count} "
+                         f"processes that divides batch_size, {config.batch_size}")
     saved = newest_save(run)
     if saved and config.steps <= int(saved.name[5:]):
         raise ValueError(f"{run} is at step {int(saved.name[5:])} of {config.steps}; raise --steps")
@@ -545,11 +657,13 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
     if start:
         check_size(start, config.preset)
     pick_device(config.device)
+    wait()  # until all have looked at the folder
     run.mkdir(parents=True, exist_ok=True)
-    with checkpoint.lock(run):
+    with checkpoint.lock(run) if number == 0 else contextlib.nullcontext():
         record = {"stage": name, "init": init and str(Path(init).resolve()), "world": worlds,
                   "config": asdict(config), "torch": torch.__version__}  # fmt: skip
-        checkpoint.write_json(run / "run.json", record)
+        if number == 0:
+            checkpoint.write_json(run / "run.json", record)
         seeds = config.seed, config.seed + 2**32
         dataset, held_out = (Schedule(worlds, config, seed) for seed in seeds)
         try:
@@ -653,12 +767,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(args).items() if v is not None}
     stage, runs, out, resume = (given.pop(k) for k in ("stage", "runs", "out", "resume"))
+    join()
     if stage == "curves":
         curves(runs, out)
     elif stage == "all":
         train_all(out, given)
     else:
         start_run(stage, out, given, resume)
+    if dist.is_initialized():
+        dist.barrier()  # without it the last one may find the others gone, and abort
+        dist.destroy_process_group()
 
 
 def main() -> None:
