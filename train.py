@@ -64,11 +64,6 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def share(model: nn.Module, device: torch.device) -> None:
     """FSDP: a layer is whole only while it computes; the rest longer, as heads follow forward."""
     from torch.distributed.fsdp import fully_shard  # here: it takes a second to import
@@ -79,9 +74,9 @@ def share(model: nn.Module, device: torch.device) -> None:
 
 
 def shared_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, or this process's share of it where `like` is shared."""
+    """A copy of a whole tensor, or of this process's share of it where `like` is shared."""
     if not hasattr(like, "full_tensor"):
-        return tensor.to(like.device)
+        return tensor.to(like.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).clone()
@@ -104,15 +99,6 @@ def for_all(loss: Tensor, model: nn.Module) -> Tensor:
     also where a micro-batch holds no image, or no text."""
     rest = (p for p in model.parameters() if p.requires_grad and not hasattr(p, "full_tensor"))
     return place()[1] * loss + 0 * sum(p.sum() for p in rest)
-
-
-def summed(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over all processes."""
-    if place()[1] == 1:
-        return values
-    sums = torch.stack([v.float().cpu() for v in values.values()])
-    dist.all_reduce(sums)
-    return dict(zip(values, sums, strict=True))
 
 
 # --- Optimisers, schedule, average ---------------------------------------------------------------
@@ -178,10 +164,8 @@ class Optimizers:
     def load_state_dict(self, states: list[dict]) -> None:
         for part, state in zip(self.parts, states, strict=True):
             trained = [p for group in part.param_groups for p in group["params"]]
-            for number, moments in state["state"].items():
-                for key, moment in moments.items():
-                    if moment.ndim:  # Adam's count of steps is a number
-                        moments[key] = shared_as(moment, trained[number])
+            for i, moments in state["state"].items():  # Adam's count of steps is a scalar
+                moments |= {k: shared_as(m, trained[i]) for k, m in moments.items() if m.ndim}
             part.load_state_dict(state)
 
 
@@ -227,17 +211,16 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, s
 
 def save(run: Path, stage: Stage, optimizer: Optimizers, average: dict, step: int, about: dict):
     """A new folder step-..., there when it is whole; the last two are kept."""
-    average, weights = gathered(average), gathered(stage.model.state_dict())
-    moments = gathered(optimizer.state_dict())
+    state = gathered({"step": step, "weights": stage.model.state_dict(), "average": average,
+                      "optimizer": optimizer.state_dict()})  # fmt: skip
     if place()[0]:
         return
     part, whole = run / "saving", run / f"step-{step:08d}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     tensors = {"model": None, "vae": stage.vae.state_dict() if stage.vae else None}
-    checkpoint.write(part, stage.config | about, **(tensors | {stage.part: average}),
+    checkpoint.write(part, stage.config | about, **(tensors | {stage.part: state["average"]}),
                      tokenizer=stage.tokenizer)  # fmt: skip
-    state = {"step": step, "weights": weights, "average": average, "optimizer": moments}
     if stage.before:
         state["before"] = stage.before.state_dict()
     with checkpoint.whole_file(part / "state.pt") as file:
@@ -260,7 +243,7 @@ def newest_save(run: Path) -> Path | None:
     return max(run.glob("step-*"), default=None)
 
 
-def read_state(saved: Path, device) -> dict:
+def read_state(saved: Path) -> dict:
     path = saved / "state.pt"
     if not path.is_file() or not (saved / "state.sha256").is_file():
         raise ValueError(f"{saved} has no state.pt with its state.sha256; it cannot be resumed")
@@ -268,7 +251,7 @@ def read_state(saved: Path, device) -> dict:
         raise ValueError(f"{path} is damaged (its checksum is another); remove {saved} and resume "
                          "from the save before it")
     try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever unpickling what is no archive of tensors may raise
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} is no state of a run ({reason:.80}); remove {saved}") from None
@@ -278,13 +261,11 @@ def restore(state: dict, saved: Path, stage: Stage, optimizer: Optimizers) -> tu
     """Put a stage back where it was saved -> the average, and the next step."""
     try:
         own = stage.model.state_dict()
-        weights = {n: shared_as(t, own[n]) for n, t in state["weights"].items()}
-        stage.model.load_state_dict(weights)
+        stage.model.load_state_dict({n: shared_as(t, own[n]) for n, t in state["weights"].items()})
         optimizer.load_state_dict(state["optimizer"])
         if stage.before:
             stage.before.load_state_dict(state["before"])
-        average = {n: shared_as(state["average"][n], p).clone()
-                   for n, p in stage.model.named_parameters()}  # fmt: skip
+        average = {n: shared_as(state["average"][n], p) for n, p in stage.model.named_parameters()}
         return average, state["step"]
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
@@ -339,8 +320,6 @@ class Validation:
                 for key in losses.keys() - {"codes_mixed"} if not name else ["image"]:
                     key_of = f"held_out_{key}{name}"
                     sums[key_of] = sums.get(key_of, 0.0) + losses[key].item()
-        if place()[1] > 1:
-            stage.model.reshard()
         return sums
 
     def pictures(self, average: dict[str, Tensor], path: Path, step: int, number: int) -> None:
@@ -399,12 +378,6 @@ def choose_machine(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, name)
 
 
-def noise_seed(config: TrainConfig, step: int, number: int) -> int:
-    """Of the noise of a step's micro-batch, whichever process computes it. A CPU's generator reads
-    32 bits: multiples of 2**32 / 1.618 keep far from each other, and so from other steps'."""
-    return config.seed * 2**32 + (step + number * 0x9E3779B9) % 2**32
-
-
 class Stopped(Exception):
     """SIGTERM: the run was saved and ends well."""
 
@@ -418,27 +391,28 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     """
     device, dtype = choose_machine(config)
     config = dataclasses.replace(config, device=str(device))
-    number, count = place()
-    state = read_state(saved, device if count == 1 else "cpu") if saved else None
+    rank, ranks = place()
+    state = read_state(saved) if saved else None
     torch.manual_seed(config.seed)
     stage = STAGES[name](config, dataset, start, saved is not None)
-    if count > 1:
+    if ranks > 1:
         share(stage.model, device)
     model, optimizer = stage.model, make_optimizer(stage.model, config, dtype)
     average = {n: p.detach().clone() for n, p in model.named_parameters()}
     first = 0
     if state:
         average, first = restore(state, saved, stage, optimizer)
-    if number == 0:
-        keep_log(run / "log.jsonl", first)
+    path = Path(os.devnull) if rank else run / "log.jsonl"
+    keep_log(path, first)
     if stage.vae and (config.cache_latents or hasattr(dataset, "__len__")):
-        examples = config.cache_latents or len(dataset)
+        number = config.cache_latents or len(dataset)
         encoder = sum(p.sum().item() for p in stage.vae.parameters())
         what = about | {"seed": config.seed, "sum of the autoencoder's weights": encoder}
-        for turn in range(count):  # the first process encodes, the others find all encoded
-            if turn == number:
-                dataset = Encoded(dataset, examples, stage.vae, run / "encoded", what)
-            wait()
+        for turn in range(ranks):  # the first one encodes, the others find all encoded
+            if turn == rank:
+                dataset = Encoded(dataset, number, stage.vae, run / "encoded", what)
+            if ranks > 1:
+                dist.barrier()
     validation = Validation(stage, config, held_out)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     loader = iter(DataLoader(
@@ -446,32 +420,35 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
         num_workers=config.workers, prefetch_factor=8 if config.workers else None,
         multiprocessing_context="fork" if config.workers else None, worker_init_fn=leave_signals,
     ))
-    log, stopping = Log(run, name, config), []
+    log, stopping = Log(path, name, config), []
     before = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     generator = torch.Generator(device)
     try:
-        for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps,
-                         disable=number > 0):  # fmt: skip
+        for step in tqdm(range(first, config.steps), name, config.steps, initial=first, disable=rank):
             waited = time.time()
             batch = next(loader)
             waited = time.time() - waited
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             sums = {}
-            for part in range(number, len(batch), count):
-                generator.manual_seed(noise_seed(config, step, part))
+            for number in range(rank, len(batch), ranks):
+                # the number is 2**32 / 1.618, whose multiples are far apart in a generator's 32 bits
+                generator.manual_seed(config.seed * 2**32 + (step + number * 0x9E3779B9) % 2**32)
                 with autocast:
-                    losses = stage.losses(to(batch[part], device), step, generator)
-                (losses["loss"] if count == 1 else for_all(losses["loss"], model)).backward()
+                    losses = stage.losses(to(batch[number], device), step, generator)
+                (losses["loss"] if ranks == 1 else for_all(losses["loss"], model)).backward()
                 sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            norm = norm.full_tensor() if count > 1 else norm
-            sums = summed(sums | {"stopping": torch.tensor(float(bool(stopping)))})
-            stop = bool(sums.pop("stopping"))  # all at the same step
             optimizer.step()
             update_average(average, model, config.ema, step)
             if stage.after_step:
                 stage.after_step(step, optimizer.moments, average)
+            sums["stopping"] = torch.tensor(bool(stopping))
+            if ranks > 1:
+                values = torch.stack([v.float().cpu() for v in sums.values()])
+                dist.all_reduce(values)
+                norm, sums = norm.full_tensor(), dict(zip(sums, values, strict=True))
+            stop = bool(sums.pop("stopping"))  # all at the same step
             log.add(sums | {"grad_norm": norm}, batch, waited)
             done = step + 1
             saves = done % config.save_every == 0 or done == config.steps or stop
@@ -479,11 +456,10 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
             if saves or checks or done % config.log_every == 0:  # before saving: a NaN raises
                 log.write(done, learning_rate(config, step),
                           validation.losses(autocast) if checks else {})  # fmt: skip
-            pictures = config.pictures_every * config.validate_every
-            drawn = stage.vae and count == 1  # drawing calls no forward, which would gather
-            if pictures and drawn and done % pictures == 0 and validation.prompts:
-                row = done // pictures - 1
-                validation.pictures(average, run / "samples.png", done, row)
+            pictures = config.pictures_every * config.validate_every * (ranks == 1)
+            if pictures and stage.vae and done % pictures == 0 and validation.prompts:
+                number = done // pictures - 1
+                validation.pictures(average, run / "samples.png", done, number)
             if saves:
                 save(run, stage, optimizer, average, done, about)
             if stop and done < config.steps:
@@ -516,14 +492,14 @@ class Steps:
 class Log:
     """Means over the steps since the last line, on the screen and in log.jsonl."""
 
-    def __init__(self, run: Path, stage: str, config: TrainConfig):
-        self.run, self.stage, self.config, self.writer = run, stage, config, None
-        if config.tensorboard and not place()[0]:
+    def __init__(self, path: Path, stage: str, config: TrainConfig):
+        self.path, self.stage, self.config, self.writer = path, stage, config, None
+        if config.tensorboard and path.name == "log.jsonl":
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ValueError("--tensorboard wants: pip install tensorboard") from None
-            self.writer = SummaryWriter(run)
+            self.writer = SummaryWriter(path.parent)
         self.begin()
 
     def begin(self) -> None:
@@ -546,15 +522,13 @@ class Log:
                   "tokens_per_second": self.tokens / seconds, "waiting": self.waited / seconds}
         said = " ".join(f"{key} {value:.4g}" for key, value in means.items())
         tqdm.write(f"{self.stage} {step} lr {lr:.3g} {said}")
-        self.begin()
-        if place()[0]:
-            return
-        with open(self.run / "log.jsonl", "a", encoding="utf-8") as log:
+        with open(self.path, "a", encoding="utf-8") as log:
             log.write(json.dumps({"stage": self.stage, "step": step, "lr": lr} | means) + "\n")
         if self.writer:
             for key, value in means.items():
                 self.writer.add_scalar(f"{self.stage}/{key}", value, step)
             self.writer.flush()
+        self.begin()
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -639,11 +613,11 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
         raise ValueError(f"{run} holds a run already; give --resume or another --out" if is_run else
                          f"{run} is not empty ({found[0].name}); give another --out")
     config, worlds, init = settings(name, run, given, resume)
-    number, count = place()
-    if count > 1 and name in ("vae", "decoder"):
-        raise ValueError(f"stage {name} trains in one process, not {count}; leave out torchrun")
-    if config.micro_batches % count or count > 1 and config.batch_size % config.micro_batches:
-        raise ValueError(f"micro_batches is {config.micro_batches}; want a multiple of the {count} "
+    rank, ranks = place()
+    if ranks > 1 and name in ("vae", "decoder"):
+        raise ValueError(f"stage {name} trains in one process, not {ranks}; leave out torchrun")
+    if config.micro_batches % ranks or ranks > 1 and config.batch_size % config.micro_batches:
+        raise ValueError(f"micro_batches is {config.micro_batches}; want a multiple of the {ranks} "
                          f"processes that divides batch_size, {config.batch_size}")
     saved = newest_save(run)
     if saved and config.steps <= int(saved.name[5:]):
@@ -657,12 +631,13 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
     if start:
         check_size(start, config.preset)
     pick_device(config.device)
-    wait()  # until all have looked at the folder
+    if ranks > 1:
+        dist.barrier()  # all have looked at the folder
     run.mkdir(parents=True, exist_ok=True)
-    with checkpoint.lock(run) if number == 0 else contextlib.nullcontext():
+    with contextlib.nullcontext() if rank else checkpoint.lock(run):
         record = {"stage": name, "init": init and str(Path(init).resolve()), "world": worlds,
                   "config": asdict(config), "torch": torch.__version__}  # fmt: skip
-        if number == 0:
+        if rank == 0:
             checkpoint.write_json(run / "run.json", record)
         seeds = config.seed, config.seed + 2**32
         dataset, held_out = (Schedule(worlds, config, seed) for seed in seeds)

@@ -1,4 +1,4 @@
-"""Several processes equal one: `torchrun train.py STAGE`, here as two forked processes over gloo."""
+"""torchrun train.py STAGE: several processes equal one. Here they are forked, and talk by gloo."""
 
 import multiprocessing
 import os
@@ -11,6 +11,7 @@ import time
 import pytest
 
 from conftest import close
+from torch.distributed import fsdp  # noqa: F401 (so that no child has to import it)
 from test_train import FAST, SMALL, SMALL_VAE, lines, run_stage, same, state
 
 import orthus
@@ -18,7 +19,7 @@ import sample
 import train
 import vae
 
-STEPS = dict(FAST, steps=4, micro_batches=4, log_every=1, save_every=2, validate_every=4,
+STEPS = dict(FAST, steps=4, micro_batches=4, log_every=1, save_every=2, validate_every=2,
              seed=5, lr=2e-3, grad_clip=0.5, ema=0.5)  # fmt: skip
 
 
