@@ -424,7 +424,8 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     before = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     generator = torch.Generator(device)
     try:
-        for step in tqdm(range(first, config.steps), name, config.steps, initial=first, disable=rank):
+        steps = range(first, config.steps)
+        for step in tqdm(steps, name, config.steps, initial=first, disable=rank > 0):
             waited = time.time()
             batch = next(loader)
             waited = time.time() - waited
@@ -432,7 +433,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
                 group["lr"] = learning_rate(config, step)
             sums = {}
             for number in range(rank, len(batch), ranks):
-                # the number is 2**32 / 1.618, whose multiples are far apart in a generator's 32 bits
+                # this is 2**32 / 1.618, whose multiples are far apart in a generator's 32 bits
                 generator.manual_seed(config.seed * 2**32 + (step + number * 0x9E3779B9) % 2**32)
                 with autocast:
                     losses = stage.losses(to(batch[number], device), step, generator)
