@@ -88,10 +88,10 @@ def gathered(value):
         return {k: gathered(v) for k, v in value.items()}
     if isinstance(value, list):
         return [gathered(v) for v in value]
-    if not hasattr(value, "full_tensor"):
-        return value
-    value = value.full_tensor()  # all processes have to take part
-    return None if place()[0] else value.cpu()
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()  # all processes have to take part
+        return None if place()[0] else value.cpu()
+    return value
 
 
 def for_all(loss: Tensor, model: nn.Module) -> Tensor:
@@ -446,8 +446,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
                 stage.after_step(step, optimizer.moments, average)
             sums["stopping"] = torch.tensor(bool(stopping))
             if ranks > 1:
-                values = torch.stack([v.float().cpu() for v in sums.values()])
-                dist.all_reduce(values)
+                dist.all_reduce(values := torch.stack([v.float().cpu() for v in sums.values()]))
                 norm, sums = norm.full_tensor(), dict(zip(sums, values, strict=True))
             stop = bool(sums.pop("stopping"))  # all at the same step
             log.add(sums | {"grad_norm": norm}, batch, waited)

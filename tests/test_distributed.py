@@ -19,7 +19,7 @@ import sample
 import train
 import vae
 
-STEPS = dict(FAST, steps=5, micro_batches=4, log_every=1, save_every=2, validate_every=2,
+STEPS = dict(FAST, steps=5, micro_batches=4, log_every=1, save_every=2, validate_every=3,
              seed=5, lr=2e-3, grad_clip=0.5, ema=0.5)  # fmt: skip
 STAGES = {"chameleon": "adamw", "base": "adamw", "posttrain": "muon"}  # with their optimisers
 
