@@ -614,8 +614,9 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
                          f"{run} is not empty ({found[0].name}); give another --out")
     config, worlds, init = settings(name, run, given, resume)
     rank, ranks = place()
-    if ranks > 1 and name in ("vae", "decoder"):
-        raise ValueError(f"stage {name} trains in one process, not {ranks}; leave out torchrun")
+    if ranks > 1 and (name in ("vae", "decoder") or config.compile):
+        what = f"stage {name}{' with --compile' * config.compile}"
+        raise ValueError(f"{what} trains in one process, not {ranks}; leave out torchrun")
     if config.micro_batches % ranks or ranks > 1 and config.batch_size % config.micro_batches:
         raise ValueError(f"micro_batches is {config.micro_batches}; want a multiple of the {ranks} "
                          f"processes that divides batch_size, {config.batch_size}")
