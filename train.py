@@ -55,6 +55,7 @@ def join() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # one may encode for hours
+        dist.barrier()  # an error of one must not look like another's lost connection
         if place()[0]:
             sys.stdout = open(os.devnull, "w")
 
