@@ -5,6 +5,7 @@
                                     editing, in-context editing, stories, and the autoencoder that
                                     bounds all
     python evaluate.py speed        every fast path beside its slow reference, as ratios
+    python evaluate.py bench        public benchmarks, see benchmarks.py
 
 Pictures are judged as GenEval does it: a detector reads the picture, and what it found is compared
 with what was asked. The detector knows nothing of what was drawn, it only looks at pixels.
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+import benchmarks
 import checkpoint
 import shapes
 from data import Segment, sheet, to_image, to_tensor
@@ -726,7 +728,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     clock = commands.add_parser("speed", help="fast paths beside their slow references, as ratios")
     tiny = str(Path(__file__).parent / "checkpoints" / "tiny")
-    for command in (quality, clock):
+    for command in (quality, clock, benchmarks.add_parser(commands)):
         command.add_argument("--checkpoint", default=tiny, metavar="DIR", help="default: tiny")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, ...; default: auto")
     clock.add_argument("--rounds", type=number(int, 1, 1000), default=5, metavar="N",
@@ -750,7 +752,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    action = {"shapes": run_shapes, "speed": speed}[args.command]
+    action = {"shapes": run_shapes, "speed": speed, "bench": benchmarks.run}[args.command]
     interrupted = "interrupted; nothing was reported"
     checkpoint.command_line("evaluate.py", lambda: action(args), interrupted)
 
