@@ -123,8 +123,8 @@ TINY = dict(
 )
 NANO = TINY | dict(
     vocab_size=392, hidden_size=128, intermediate_size=320, num_hidden_layers=4,
-    num_attention_heads=4, num_key_value_heads=4, num_codes=256, head_width=256,
-    eoi_id=260, boi_id=261, sep_id=262, image_id=263,
+    num_attention_heads=4, num_key_value_heads=4, num_codes=256, latent_channels=16,
+    head_width=256, eoi_id=260, boi_id=261, sep_id=262, image_id=263,
 )
 PRESETS = {"7b": {}, "tiny": TINY, "nano": NANO}
 

@@ -109,16 +109,16 @@ class TrainConfig:
 
 
 BATCHES = dict(batch_size=96, micro_batches=3, optimizer="muon")
-NANO_BATCHES = dict(lr=2e-3, optimizer="muon", ema=0.995)
+NANO_BATCHES = dict(batch_size=32, lr=2e-3, optimizer="muon", ema=0.995)
 PRESETS = {
     "nano": {
         "vae": dict(steps=1000, batch_size=16, lr=4e-3, optimizer="muon", ema=0.995,
-                    latent_noise=0.15, isotropy=0.02, commitment=0.02, edge_weight=4.0),
-        "decoder": dict(steps=100, batch_size=16, lr=5e-4, latent_noise=0.15, edge_weight=4.0),
-        "chameleon": dict(seed=1, steps=300, image_loss_weight=1.0) | NANO_BATCHES,
-        "base": dict(seed=2, steps=150, mixed_codes=50.0) | NANO_BATCHES,
-        "posttrain": dict(seed=3, steps=2000, image_loss_weight=2.0, input_noise=0.25)
-        | NANO_BATCHES,
+                    latent_noise=0.3, isotropy=0.02, commitment=0.02, edge_weight=4.0),
+        "decoder": dict(steps=100, batch_size=16, lr=5e-4, latent_noise=0.3, edge_weight=4.0),
+        "chameleon": NANO_BATCHES | dict(seed=1, steps=400, image_loss_weight=1.0),
+        "base": NANO_BATCHES | dict(seed=2, steps=150, mixed_codes=50.0),
+        "posttrain": NANO_BATCHES | dict(seed=3, steps=1500, batch_size=64, image_loss_weight=2.0,
+                                         input_noise=0.25),
     },
     "tiny": {
         "vae": dict(steps=10500, batch_size=32, lr=1.5e-3),
@@ -134,8 +134,10 @@ PRESETS = {
     },
 }
 PICTURES = dict(tasks={"image": 1.0})
-NANO = dict(max_objects=3, digits=0.0)
-CROWDED = PICTURES | dict(min_objects=4, digits=0.0)  # more to learn from in a picture
+FEW = dict(shapes=["circle", "square", "triangle"], digits=0.0,
+           colours=["red", "green", "blue", "yellow"])  # fmt: skip
+NANO = FEW | dict(max_objects=3)
+CROWDED = FEW | PICTURES | dict(min_objects=4)  # more to learn from in a picture
 NANO_TASKS = NANO | dict(
     tasks={"text_to_image": 0.5, "understanding": 0.5},
     captions={"one object": 0.4, "colours": 0.6},
