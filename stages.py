@@ -117,7 +117,7 @@ PRESETS = {
         "decoder": dict(steps=100, batch_size=16, lr=5e-4, latent_noise=0.3, edge_weight=4.0),
         "chameleon": NANO_BATCHES | dict(seed=1, steps=400, image_loss_weight=1.0),
         "base": NANO_BATCHES | dict(seed=2, steps=150, mixed_codes=50.0),
-        "posttrain": NANO_BATCHES | dict(seed=3, steps=1500, batch_size=64, image_loss_weight=2.0,
+        "posttrain": NANO_BATCHES | dict(seed=3, steps=1400, batch_size=64, image_loss_weight=2.0,
                                          input_noise=0.25),
     },
     "tiny": {
@@ -139,9 +139,9 @@ FEW = dict(shapes=["circle", "square", "triangle"], digits=0.0,
 NANO = FEW | dict(max_objects=3)
 CROWDED = FEW | PICTURES | dict(min_objects=4)  # more to learn from in a picture
 NANO_TASKS = NANO | dict(
-    tasks={"text_to_image": 0.5, "understanding": 0.5},
+    tasks={"text_to_image": 0.4, "understanding": 0.6},
     captions={"one object": 0.4, "colours": 0.6},
-    questions={"count": 0.4, "colour": 0.4, "describe": 0.2},
+    questions={"count": 0.5, "colour": 0.3, "describe": 0.2},
 )
 WORLDS = {  # the data of each stage: [[from this share of the steps on, fields of ShapesConfig]]
     "nano": {
