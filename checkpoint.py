@@ -61,7 +61,7 @@ def problem(value, hint, low: float | None, high: float | None) -> str:
         of = next((hint for hint in reversed(inner) if hint is not Ellipsis), object)
         return next((p for v in items if (p := problem(v, of, low, high))), "")
     if kind is str and isinstance(value, str) and not value.isprintable():
-        return "want text" if any("\ud800" <= letter <= "\udfff" for letter in value) else ""
+        return "want text in UTF-8" if any("\ud800" <= letter <= "\udfff" for letter in value) else ""
     if kind not in (int, float):
         return "" if isinstance(value, kind) else f"want {kind.__name__}"
     low = (1 if kind is int else math.ulp(0.0)) if low is None else low
