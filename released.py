@@ -30,15 +30,10 @@ from vae import VQVAE, VQVAEConfig
 # --- Token ids -----------------------------------------------------------------------------------
 
 SPECIAL = {  # field of OrthusConfig: names of the token
-    "bos_id": ("<s>",),
-    "pad_id": ("<pad>",),
-    "eos_id": ("</s>",),
-    "unk_id": ("<unk>",),
-    "eoi_id": ("<eoss>",),
-    "boi_id": ("<racm3:break>",),
-    "sep_id": ("<reserved08706>",),
+    "bos_id": ("<s>",), "pad_id": ("<pad>",), "eos_id": ("</s>",), "unk_id": ("<unk>",),
+    "eoi_id": ("<eoss>",), "boi_id": ("<racm3:break>",), "sep_id": ("<reserved08706>",),
     "image_id": ("<image>", "<reserved08707>"),
-}
+}  # fmt: skip
 FIXED = {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3, "image_code_start": 4}
 RELEASED = FIXED | {"eoi_id": 8196, "boi_id": 8197, "sep_id": 8710, "image_id": 8711}
 
@@ -65,20 +60,18 @@ def token_ids(vocabulary: dict[str, int], codes: int, source) -> dict[str, int]:
     """
     if not isinstance(vocabulary, dict) or {type(i) for i in vocabulary.values()} - {int}:
         raise ValueError(f"{source} is {str(vocabulary)[:40]!r}; want whole numbers by token")
-    problems = []
     ids = {f: next((vocabulary[n] for n in names if n in vocabulary), None)
            for f, names in SPECIAL.items()}  # fmt: skip
-    ids["image_code_start"] = start = vocabulary.get(code_name(0))
-    for field, fixed in (RELEASED if codes == 8192 else FIXED).items():
-        if ids[field] is not None and ids[field] != fixed:
-            name = SPECIAL.get(field, [code_name(0)])[0]
-            problems.append(f"{name} has id {ids[field]}, not {fixed}")
-    problems += [f"{SPECIAL[f][0]} is missing" for f in SPECIAL if ids[f] is None]
-    wrong = [k for k in range(codes) if vocabulary.get(code_name(k)) != (start or 0) + k]
+    problems = [f"{SPECIAL[f][0]} is missing" for f in SPECIAL if ids[f] is None]
+    ids["image_code_start"] = vocabulary.get(code_name(0), 4)
+    fixed = RELEASED if codes == 8192 else FIXED
+    problems += [f"{SPECIAL.get(f, [code_name(0)])[0]} has id {ids[f]}, not {fixed[f]}"
+                 for f in fixed if ids[f] not in (None, fixed[f])]  # fmt: skip
+    names = [code_name(k) for k in range(codes)]
+    wrong = [n for k, n in enumerate(names, ids["image_code_start"]) if vocabulary.get(n) != k]
     if wrong:
-        name = code_name(wrong[0])
         problems.append(f"{len(wrong)} of {codes} image codes missing or out of order, the first "
-                        f"is {name} ({vocabulary.get(name, 'no id')})")
+                        f"is {wrong[0]} ({vocabulary.get(wrong[0], 'no id')})")
     if problems:
         raise ValueError(f"{source} does not have Chameleon's tokens: " + "; ".join(problems))
     return ids
@@ -92,13 +85,11 @@ SAME_NAME = (  # in config.json and in OrthusConfig; what is left out is the 7B 
 )  # fmt: skip
 HUB_TO_OURS = {"mlp_head.": "image_head.", "codebook_in.": "vision_embedding.codebook."}
 VQ_NAMES = {  # field of VQVAEConfig: its names in vq_config
-    "resolution": ("resolution",),
-    "base_channels": ("base_channels", "ch"),
-    "channel_multiplier": ("channel_multiplier", "ch_mult"),
-    "num_res_blocks": ("num_res_blocks",),
+    "resolution": ("resolution",), "base_channels": ("base_channels", "ch"),
+    "channel_multiplier": ("channel_multiplier", "ch_mult"), "num_res_blocks": ("num_res_blocks",),
     "latent_channels": ("latent_channels", "z_channels", "embed_dim"),
     "num_codes": ("num_embeddings", "n_embed"),
-}
+}  # fmt: skip
 ONLY = {  # what the architecture here can do; other values raise
     "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
     "tie_word_embeddings": (False,), "rope_scaling": (),
@@ -109,10 +100,6 @@ VQ_ONLY = {
 }  # fmt: skip
 SHARED = ("num_codes", "latent_channels", "latents_per_image")  # by model and autoencoder
 CODEBOOK, QUANTIZER = "vision_embedding.codebook.weight", "quantize.embedding.weight"
-DECODERS = (
-    "give sample.py or released.py --vae DIR: leloykun/Anole-7b-v0.1-hf or the stand-alone "
-    "leloykun/Anole-7b-v0.1-vqvae-hf (SJTU-Deng-Lab/Orthus-7B-* have it too)"
-)
 
 
 def check_only(config: dict, allowed: dict[str, tuple], source) -> None:
@@ -132,9 +119,7 @@ def hub_vae_config(hub: dict, source) -> VQVAEConfig:
              for field, names in VQ_NAMES.items()}  # fmt: skip
     fields = {field: values[0] for field, values in given.items() if values}
     config = checkpoint.build(VQVAEConfig, fields, source)
-    if (vq.get("embed_dim") or config.latent_channels) != config.latent_channels:
-        raise ValueError(f"{source}: embed_dim {vq['embed_dim']} is not latent_channels "
-                         f"{config.latent_channels}")  # fmt: skip
+    check_only(vq, {"embed_dim": (config.latent_channels,)}, source)
     return config
 
 
@@ -144,8 +129,7 @@ def hub_model_fields(hub: dict, model: Tensors, vae: VQVAEConfig, directory: Pat
     check_only(hub, ONLY, source)
     rope = hub.get("rope_parameters") or {}
     if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{source}: rope_parameters {rope!r:.60} are not implemented; want "
-                         "rope_type 'default'")
+        raise ValueError(f"{source}: rope_parameters is {rope!r:.60}; want rope_type 'default'")
     hub = {"rope_theta": rope.get("rope_theta")} | hub
     fields = {name: hub[name] for name in SAME_NAME if hub.get(name) is not None}
     fields |= {name: getattr(vae, name) for name in SHARED}
@@ -181,24 +165,6 @@ def hub_token_ids(hub: dict, codes: int, directory: Path) -> dict[str, int]:
     return ids
 
 
-def hub_tensors(directory: Path) -> tuple[Tensors, Tensors]:
-    """-> state dicts of Orthus (empty beside an autoencoder alone, without codebook in a
-    Chameleon) and of VQVAE."""
-    model, vae = {}, {}
-    tensors = read_tensors(directory / MODEL)
-    alone = any(name.startswith(("encoder.", "quant_conv.")) for name in tensors)
-    for name, tensor in tensors.items():
-        short = name.removeprefix("model.")
-        if alone or short.startswith("vqmodel."):
-            vae[short.removeprefix("vqmodel.")] = tensor
-            continue
-        for theirs, ours in HUB_TO_OURS.items():
-            if short.startswith(theirs):
-                short = ours + short.removeprefix(theirs)
-        model[short] = tensor
-    return model, vae
-
-
 def generation_defaults(model: OrthusConfig, directory: Path) -> dict:
     """The release's settings for sample.py."""
     is_orthus, processor = model.image_head == "diffusion", directory / "preprocessor_config.json"
@@ -216,8 +182,18 @@ def generation_defaults(model: OrthusConfig, directory: Path) -> dict:
 
 
 def open_hub(directory: Path, hub: dict) -> Checkpoint:
+    """Chameleon, Anole or Orthus, or an autoencoder alone: then there is no section "model"."""
     source, tokenizer = directory / CONFIG, directory / "tokenizer.json"
-    model, vae = hub_tensors(directory)
+    tensors, model, vae = read_tensors(directory / MODEL), {}, {}
+    alone = any(name.startswith(("encoder.", "quant_conv.")) for name in tensors)
+    for name, tensor in tensors.items():
+        short = name.removeprefix("model.")
+        if alone or short.startswith("vqmodel."):
+            vae[short.removeprefix("vqmodel.")] = tensor
+        else:
+            for theirs, ours in HUB_TO_OURS.items():
+                short = short.replace(theirs, ours)
+            model[short] = tensor
     sizes = hub_vae_config(hub, source)
     config = {"vae": vars(sizes)}
     if model:
@@ -230,7 +206,9 @@ def open_hub(directory: Path, hub: dict) -> Checkpoint:
     def read(part: str) -> Tensors:
         if part == "vae" and not any(name.startswith("decoder.") for name in vae):
             raise ValueError(f"{directory} has no image decoder (facebook/chameleon-* ship none): "
-                             + DECODERS)
+                             "give sample.py or released.py --vae DIR: leloykun/Anole-7b-v0.1-hf "
+                             "or the stand-alone leloykun/Anole-7b-v0.1-vqvae-hf "
+                             "(SJTU-Deng-Lab/Orthus-7B-* have it too)")
         return {"model": model, "vae": vae}[part]
 
     return Checkpoint(directory, config, read, tokenizer if tokenizer.is_file() else None)
@@ -243,9 +221,7 @@ def read_pth(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        content = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError):
         # what torch says advises to let the file run code
         raise ValueError(f"{path} is not a whole file of tensors alone") from None
@@ -254,23 +230,21 @@ def read_pth(path: Path) -> dict:
     return content
 
 
-META = {  # Meta's name, without "layers.7.": (ours, how its shards join: along a dimension, or ...)
-    "tok_embeddings.weight": ("embed_tokens.weight", 1),
-    "norm.weight": ("norm.weight", "mean"),
-    "output.weight": ("lm_head.weight", 0),
-    "attention.wq.weight": ("self_attn.q_proj.weight", "heads"),
-    "attention.wk.weight": ("self_attn.k_proj.weight", "heads"),
-    "attention.wv.weight": ("self_attn.v_proj.weight", 0),
-    "attention.wo.weight": ("self_attn.o_proj.weight", 1),
-    "attention.q_normalization.weight": ("self_attn.q_norm.weight", "norm"),
-    "attention.q_normalization.bias": ("self_attn.q_norm.bias", "norm"),
-    "attention.k_normalization.weight": ("self_attn.k_norm.weight", "norm"),
-    "attention.k_normalization.bias": ("self_attn.k_norm.bias", "norm"),
-    "attention_norm.weight": ("input_layernorm.weight", "mean"),
-    "ffn_norm.weight": ("post_attention_layernorm.weight", "mean"),
-    "feed_forward.w1.weight": ("mlp.gate_proj.weight", 0),
-    "feed_forward.w3.weight": ("mlp.up_proj.weight", 0),
-    "feed_forward.w2.weight": ("mlp.down_proj.weight", 1),
+META = {  # Meta's module, without "layers.7.": (ours, how its shards join: along a dimension, ...)
+    "tok_embeddings": ("embed_tokens", 1),
+    "norm": ("norm", "mean"),
+    "output": ("lm_head", 0),
+    "attention.wq": ("self_attn.q_proj", "heads"),
+    "attention.wk": ("self_attn.k_proj", "heads"),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "attention.q_normalization": ("self_attn.q_norm", "norm"),
+    "attention.k_normalization": ("self_attn.k_norm", "norm"),
+    "attention_norm": ("input_layernorm", "mean"),
+    "ffn_norm": ("post_attention_layernorm", "mean"),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
 }
 
 
@@ -373,13 +347,15 @@ def meta_model(shards: list[Tensors], config: OrthusConfig, directory: Path) -> 
     tensors = {}
     for name in tqdm(shards[0], "converting", leave=False, disable=None):
         layer = re.match(r"(layers\.\d+\.)?", name)[0]
-        ours, how = META.get(name.removeprefix(layer), (None, None))
-        if ours is not None:
+        module, _, kind = name.removeprefix(layer).rpartition(".")
+        if module in META:
+            ours, how = META[module]
             heads = config.num_key_value_heads if ".k_" in ours else config.num_attention_heads
             try:
-                tensors[layer + ours] = join_shards([shard[name] for shard in shards], how, heads)
+                joined = join_shards([shard[name] for shard in shards], how, heads)
             except RuntimeError as error:
                 raise ValueError(f"{directory}: {name} cannot be joined ({error})") from None
+            tensors[f"{layer}{ours}.{kind}"] = joined
         elif name != "rope.freqs":  # which follows from rope_theta; others: listed as unexpected
             tensors[name] = shards[0][name]
     return tensors
@@ -456,17 +432,14 @@ def check_fits_hub(model: dict, vae: dict, tensors: Tensors, vae_tensors: Tensor
         raise ValueError("the Hub's layout cannot hold this model: " + "; ".join(problems))
 
 
-def hub_vocabulary(tokenizer: Path) -> tuple[dict[str, int], str]:
-    """-> the vocabulary and the text of tokenizer.json as transformers wants it: the placeholder
-    under the Hub's name, <s> in front of every text."""
+def hub_tokenizer(tokenizer: Path) -> dict:
+    """A tokenizer.json as transformers wants it: the placeholder under the Hub's name, <s> in front
+    of every text."""
     if tokenizer.suffix != ".json":
         raise ValueError(f"the Hub's layout wants a tokenizer.json; {tokenizer} is sentencepiece's")
-    text, vocabulary = tokenizer.read_text(encoding="utf-8"), read_vocabulary(tokenizer)
-    name, meta_name = SPECIAL["image_id"]
-    if name not in vocabulary:
-        text = text.replace(f'"{meta_name}"', f'"{name}"')
-        vocabulary = {name if k == meta_name else k: i for k, i in vocabulary.items()}
-    content = json.loads(text)
+    content, (name, meta_name) = read_json(tokenizer), SPECIAL["image_id"]
+    if name not in read_vocabulary(tokenizer):
+        content = json.loads(json.dumps(content).replace(f'"{meta_name}"', f'"{name}"'))
     if not content.get("post_processor"):
         bos, words = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"id": "A", "type_id": 0}
         pair = [bos, {"Sequence": words}, {"Sequence": {"id": "B", "type_id": 1}}]
@@ -474,8 +447,7 @@ def hub_vocabulary(tokenizer: Path) -> tuple[dict[str, int], str]:
             "type": "TemplateProcessing", "single": pair[:2], "pair": pair,
             "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
         }  # fmt: skip
-        text = json.dumps(content, ensure_ascii=False)
-    return vocabulary, text
+    return content
 
 
 def hub_config(model: dict, vae: dict, vocabulary: dict[str, int], dtype: torch.dtype) -> dict:
@@ -521,25 +493,22 @@ def write_hub(directory: Path, config: dict, model: Tensors, vae: Tensors, token
     read; config has all fields of "model" and "vae"."""
     fields, sizes = config["model"], config["vae"]
     check_fits_hub(fields, sizes, model, vae)
-    vocabulary, text = hub_vocabulary(tokenizer)
-    token_ids(vocabulary, fields["num_codes"], tokenizer)
-    tensors = {}
+    files, path = hub_extras(fields["latents_per_image"], sizes["resolution"]), directory / MODEL
+    files = {"tokenizer.json": hub_tokenizer(tokenizer)} | files
+    tensors = {f"model.vqmodel.{name}": tensor for name, tensor in vae.items()}
     for name, tensor in model.items():
         for theirs, ours in HUB_TO_OURS.items():
-            if name.startswith(ours):
-                name = theirs + name.removeprefix(ours)
+            name = name.replace(ours, theirs)
         is_head = name.startswith(("lm_head.", "mlp_head."))
         tensors[name if is_head else f"model.{name}"] = tensor
     if fields["image_head"] == "tokens":
         del tensors["model.codebook_in.weight"]  # it is the quantiser's
-    tensors |= {f"model.vqmodel.{name}": tensor for name, tensor in vae.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_tensors(directory / MODEL, tensors)
-    with checkpoint.whole_file(directory / "tokenizer.json") as file:
-        file.write(text.encode())
-    extras = hub_extras(fields["latents_per_image"], sizes["resolution"])
-    for name, content in extras.items():
+    checkpoint.write_tensors(path, tensors)
+    for name, content in files.items():
         checkpoint.write_json(directory / name, content)
+    vocabulary = read_vocabulary(directory / "tokenizer.json")
+    token_ids(vocabulary, fields["num_codes"], tokenizer)
     dtype = model["embed_tokens.weight"].dtype
     checkpoint.write_json(directory / CONFIG, hub_config(fields, sizes, vocabulary, dtype))
 
