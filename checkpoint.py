@@ -19,6 +19,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -46,24 +47,24 @@ def within(default, low: float, high: float, help: str = ""):
     return field(default=default, metadata={"low": low, "high": high, "help": help})
 
 
-def problem(value, hint, low: float | None, high: float | None) -> str:
-    """What is wanted instead of a value, "" where it fits its annotation and range."""
+def problem(value, hint, low: float | None = None, high: float | None = None) -> str:
+    """What is wanted instead of a value, "" where it fits its annotation and range (without one: 1
+    to 2**24, above zero for a float)."""
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in (types.UnionType, typing.Union):
         return "" if value is None else problem(value, inner[0], low, high)
     if kind is typing.Literal:
         return "" if value in inner else "want " + " or ".join(map(repr, inner))
     if kind in (list, tuple, dict):
-        wanted = {list: list, tuple: (tuple, list), dict: dict}[kind]
-        if not isinstance(value, wanted) or (kind is tuple and not value):
+        if not isinstance(value, (tuple, list) if kind is tuple else kind) or value == ():
             return f"want a {kind.__name__}"
-        items = value.values() if isinstance(value, dict) else value
+        items = value.values() if kind is dict else value
         of = next((hint for hint in reversed(inner) if hint is not Ellipsis), object)
         return next((p for v in items if (p := problem(v, of, low, high))), "")
-    if kind is str and isinstance(value, str) and not value.isprintable():
-        return "want text in UTF-8" if any("\ud800" <= letter <= "\udfff" for letter in value) else ""
     if kind not in (int, float):
-        return "" if isinstance(value, kind) else f"want {kind.__name__}"
+        surrogate = kind is str and isinstance(value, str) and re.search("[\ud800-\udfff]", value)
+        name = "text in UTF-8" if kind is str else kind.__name__
+        return "" if isinstance(value, kind) and not surrogate else f"want {name}"
     low = (1 if kind is int else math.ulp(0.0)) if low is None else low
     high = 2**24 if high is None else high
     is_number = isinstance(value, int if kind is int else (int, float)) and type(value) is not bool
@@ -73,7 +74,7 @@ def problem(value, hint, low: float | None, high: float | None) -> str:
 
 def check_fields(config) -> None:
     """Raise ValueError with every field of a dataclass whose value is not of its type, or not
-    within its range (without one: 1 to 2**24, above zero for a float). Lists become tuples."""
+    within its range. Lists become tuples where these are wanted."""
     hints, problems = typing.get_type_hints(type(config)), []
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
@@ -87,14 +88,13 @@ def check_fields(config) -> None:
 
 def build(kind: type, fields: dict, source):
     """A config dataclass from what a file says; what does not fit raises ValueError."""
-    known = [f.name for f in dataclasses.fields(kind)]
-    needed = {f.name for f in dataclasses.fields(kind)
-              if f.default is f.default_factory is dataclasses.MISSING}  # fmt: skip
+    known = {f.name: f.default is f.default_factory is dataclasses.MISSING
+             for f in dataclasses.fields(kind)}  # and whether it is needed  # fmt: skip
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"it is {fields!r:.60}; want an object with {', '.join(known)}")
         wrong = [f"it has {name!r:.40}" for name in fields if name not in known]
-        wrong += [f"it lacks {name!r}" for name in known if name in needed - fields.keys()]
+        wrong += [f"it lacks {name!r}" for name in known if known[name] and name not in fields]
         if wrong:
             raise ValueError(f"{'; '.join(wrong)}; want {', '.join(known)}")
         return kind(**fields)
@@ -115,10 +115,7 @@ def parse_json(text: str, source):
 def read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} is missing, or no file; is the checkpoint half-written?")
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"), path)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not valid JSON (no UTF-8); is it half-written?") from None
+    content = parse_json(path.read_text(encoding="utf-8", errors="surrogateescape"), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {content!r:.40}, not an object with named entries")
     return content
@@ -144,14 +141,11 @@ def read_tensors(path: Path) -> Tensors:
     names = sorted(set(files.values()))
     if outside := [n for n in names if n != Path(n).name or n in ("", "..")]:
         raise ValueError(f"{index} names files outside its directory: {', '.join(outside)}")
-    if missing := [n for n in names if not (path.parent / n).is_file()]:
-        raise ValueError(f"{path.parent} lacks shards that its index names: {', '.join(missing)}")
-    shards = {n: read_safetensors(path.parent / n) for n in names}
+    shards = {n: read_safetensors(path.with_name(n)) for n in names}
     found = {(key, n) for n, shard in shards.items() for key in shard}
-    problems = [f"{n} lacks {key}" for key, n in sorted(files.items() - found)]
-    problems += [f"{n} holds {key}, which is not its" for key, n in sorted(found - files.items())]
-    if problems:
-        raise ValueError(f"{index} does not fit its shards: " + "; ".join(problems))
+    if wrong := sorted(found ^ files.items()):
+        named = ", ".join(f"{key} in {n}" for key, n in wrong)
+        raise ValueError(f"{index} and its shards differ: {named}")
     return {key: shards[n][key] for key, n in files.items()}
 
 
@@ -369,7 +363,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
-def number(kind: type, low: float, high: float):
+def number(kind: type, low: float | None = None, high: float | None = None):
     """An argparse type: a number from low to high."""
 
     def parse(text: str):
@@ -377,8 +371,8 @@ def number(kind: type, low: float, high: float):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
+        if wanted := problem(value, kind, low, high):
+            raise argparse.ArgumentTypeError(f"it is {text}; {wanted}")
         return value
 
     return parse
@@ -398,26 +392,25 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, names=None) -> None:
     is not given is None."""
     hints = typing.get_type_hints(kind)
     for f in dataclasses.fields(kind):
-        hint, help = hints[f.name], f.metadata.get("help", "")
         if names is not None and f.name not in names:
             continue
-        flag, inner = "--" + f.name.replace("_", "-"), typing.get_args(hint)
-        origin = typing.get_origin(hint)
-        if origin in (types.UnionType, typing.Union):
-            hint, origin, inner = inner[0], typing.get_origin(inner[0]), typing.get_args(inner[0])
+        hint = hints[f.name]
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
+            hint = typing.get_args(hint)[0]  # or None
+        origin, inner = typing.get_origin(hint), typing.get_args(hint)
         more = {"metavar": f.name.rpartition("_")[2].upper()}
         if hint is bool:
             more = {"action": argparse.BooleanOptionalAction}
         elif origin is typing.Literal:
-            more = {"choices": typing.get_args(hint)}
+            more = {"choices": inner}
         elif origin is dict:
             more |= {"type": weights}
         elif hint in (int, float):
-            low = f.metadata.get("low", 1 if hint is int else math.ulp(0.0))
-            more |= {"type": number(hint, low, f.metadata.get("high", 2**24))}
+            more |= {"type": number(hint, f.metadata.get("low"), f.metadata.get("high"))}
         elif origin is tuple:
             more = {"type": inner[0], "nargs": "+" if ... in inner else len(inner), "metavar": "X"}
-        parser.add_argument(flag, default=None, help=help, **more)
+        help = f.metadata.get("help", "")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=help, **more)
 
 
 def command_line(prog: str, action: Callable[[], None], interrupted: str = "interrupted") -> None:
