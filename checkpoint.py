@@ -59,7 +59,7 @@ def problem(value, hint, low: float | None = None, high: float | None = None) ->
         if not isinstance(value, (tuple, list) if kind is tuple else kind) or value == ():
             return f"want a {kind.__name__}"
         items = value.values() if kind is dict else value
-        of = next((hint for hint in reversed(inner) if hint is not Ellipsis), object)
+        of = ([i for i in inner if i is not Ellipsis] or [object])[-1]
         return next((p for v in items if (p := problem(v, of, low, high))), "")
     if kind not in (int, float):
         surrogate = kind is str and isinstance(value, str) and re.search("[\ud800-\udfff]", value)
@@ -188,11 +188,10 @@ def open_checkpoint(directory: "str | Path | Checkpoint") -> Checkpoint:
     if not directory.exists():
         raise ValueError(f"checkpoint {directory} does not exist; give a directory that holds one")
     if (directory / "run.json").is_file() and not (directory / CONFIG).is_file():
-        saves = {int(path.name[5:]): path for path in directory.glob("step-*")
-                 if path.name[5:].isdigit()}  # fmt: skip
+        saves = [path for path in directory.glob("step-*") if path.name[5:].isdigit()]
         if not saves:
             raise ValueError(f"the run {directory} has saved nothing yet; let it go on")
-        directory = saves[max(saves)]
+        directory = max(saves, key=lambda path: int(path.name[5:]))
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
     if not any(isinstance(config.get(name), dict) for name in ("model", "vae")):
         import released  # here, since it imports this file, and only others' layouts need it
@@ -200,10 +199,7 @@ def open_checkpoint(directory: "str | Path | Checkpoint") -> Checkpoint:
         return released.open_released(directory, config)
     files = {"model": MODEL, "vae": VAE}
     found = [directory / name for name in TOKENIZERS if (directory / name).is_file()]
-
-    def read(name: str) -> Tensors:
-        return read_tensors(directory / files[name])
-
+    read = lambda name: read_tensors(directory / files[name])
     return Checkpoint(directory, config, read, found[0] if found else None)
 
 
@@ -235,11 +231,6 @@ def load(make: Callable[[], nn.Module], layers: int, source: Checkpoint, name: s
     return module
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are. A finite sum says so, 25 times as fast as looking at each."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
-
-
 def assign(module: nn.Module, tensors: Tensors, source, device="cpu", dtype=None) -> None:
     """Make `tensors` the parameters of `module`, which was built on the meta device.
 
@@ -247,19 +238,20 @@ def assign(module: nn.Module, tensors: Tensors, source, device="cpu", dtype=None
     that are not finite raise one ValueError with all of them. Of more than SMALL bytes only norms
     are read for that. Tensors are assigned, not copied, and cast only where dtype is given.
     """
-    wanted = {name: tuple(p.shape) for name, p in module.state_dict().items()}
-    got = {name: tuple(t.shape) for name, t in tensors.items()}
-    problems = [f"missing {name} {list(wanted[name])}" for name in wanted if name not in got]
-    problems += [f"unexpected {name} {list(got[name])}" for name in got if name not in wanted]
+    wanted = {name: list(p.shape) for name, p in module.state_dict().items()}
+    problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in tensors]
     small = sum(t.nbytes for t in tensors.values()) < SMALL
-    for name in (name for name in wanted if name in got):
-        if wanted[name] != got[name]:
-            shape = list(wanted[name])
-            problems.append(f"{name} has shape {list(got[name])}, the config asks for {shape}")
-        elif tensors[name].dtype not in FLOATS:
-            problems.append(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
-        elif (small or "norm" in name or "in_ln" in name) and not is_finite(tensors[name]):
-            problems.append(f"{name} holds numbers that are not finite")
+    for name, t in tensors.items():
+        if name not in wanted:
+            problems.append(f"unexpected {name} {list(t.shape)}")
+        elif wanted[name] != list(t.shape):
+            problems.append(f"{name} has shape {list(t.shape)}, the config asks for {wanted[name]}")
+        elif t.dtype not in FLOATS:
+            problems.append(f"{name} holds {t.dtype}, not floating-point numbers")
+        elif small or "norm" in name or "in_ln" in name:
+            # a finite sum says that all are, 25 times as fast as looking at each
+            if not (t.sum(dtype=torch.float32).isfinite() or t.isfinite().all()):
+                problems.append(f"{name} holds numbers that are not finite")
     if problems:
         raise ValueError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
     tensors = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
@@ -277,25 +269,20 @@ def whole_file(path: Path, keep: bool = False) -> Iterator:
     OSError with the file's name, also where the disk is full.
     """
     part = path.with_name(path.name + ".part")
-    done = False
     try:
         part.unlink(missing_ok=True)
         with open(part, "xb") as file:
-            try:
-                yield file
-                done = True
-            finally:
-                file.flush()
-                os.fsync(file.fileno())
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
     except (OSError, SafetensorError, RuntimeError) as error:
         if getattr(error, "filename", None) not in (None, str(part)):
             raise
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise OSError(f"{path} cannot be written ({reason})") from None
     finally:
-        if done:
-            os.replace(part, path)
-        elif not keep:
+        if not keep:
             part.unlink(missing_ok=True)
 
 
