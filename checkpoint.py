@@ -56,7 +56,8 @@ def problem(value, hint, low: float | None = None, high: float | None = None) ->
     if kind is typing.Literal:
         return "" if value in inner else "want " + " or ".join(map(repr, inner))
     if kind in (list, tuple, dict):
-        if not isinstance(value, (tuple, list) if kind is tuple else kind) or value == ():
+        is_tuple = kind is tuple  # which is never empty
+        if not isinstance(value, (tuple, list) if is_tuple else kind) or (is_tuple and not value):
             return f"want a {kind.__name__}"
         items = value.values() if kind is dict else value
         of = ([i for i in inner if i is not Ellipsis] or [object])[-1]

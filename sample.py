@@ -204,48 +204,42 @@ def contexts(request: Request, defaults: Generation,
 # --- The two loops -------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
 class Row:
     """One request and the state of its answer."""
 
-    request: Request
-    watch: Callable[[Answer], None]  # told when the answer has grown
-    contexts: list[Sequence]  # prompts under which its images are predicted, the full one first
-    weights: tuple[float, ...]  # of these contexts
-    budget: int  # tokens it may still write
-    limit: str  # what set the budget
-    forced: int | None  # the next token, where it is not the model's choice
-    noise: torch.Generator  # image j takes its j-th randn(L, C)
-    rng: torch.Generator  # of sampled text
-    answer: Answer = field(default_factory=Answer)
-    slots: list[int] = field(default_factory=list)  # its rows of the cache, one for each context
-    latents: Tensor | None = None  # (N, C) of the images in its prompt
-    ids: list[int] = field(default_factory=list)  # of the text being written
-    refused: bool = False  # an image was left out, and that was said
+    def __init__(self, pipeline: Pipeline, request: Request, options: Options,
+                 watch: Callable[[Answer], None] | None = None):
+        """Raises ValueError where the images that must be, or one word, do not fit."""
+        self.request, self.answer = request, Answer()
+        self.watch = watch  # told when the answer has grown
+        self.noise = torch.Generator().manual_seed(request.seed)  # image j: its j-th randn(L, C)
+        self.rng = torch.Generator().manual_seed(request.seed)  # of sampled text
+        self.ids: list[int] = []  # of the text being written
+        self.refused = False  # an image was left out, and that was said
+        self.slots: list[int] = []  # its rows of the cache, one for each context
+        self.latents: Tensor | None = None  # (N, C) of the images in its prompt
+        config, defaults = pipeline.model.config, pipeline.defaults
+        prompts, self.weights = zip(*contexts(request, defaults, options), strict=True)
+        # the prompts under which its images are predicted, the full one first
+        self.contexts = [layout(prompt, pipeline.tokenizer, config) for prompt in prompts]
+        first = defaults.image_first and not is_interleaved(request, options)
+        first = first and options.max_images != 0
+        self.forced = config.boi_id if first else None  # next token where the model has no choice
 
-
-def start_row(pipeline: Pipeline, request: Request, options: Options, watch=None) -> Row:
-    """The state of a request before its first token. Raises ValueError where the images that must
-    be, or one word, do not fit."""
-    config, defaults = pipeline.model.config, pipeline.defaults
-    prompts, weights = zip(*contexts(request, defaults, options), strict=True)
-    sequences = [layout(segments, pipeline.tokenizer, config) for segments in prompts]
-    size, prompt = config.latents_per_image + 2, len(sequences[0].tokens)
-    context, most = config.max_position_embeddings, max(options.min_images, options.max_images or 0)
-    # the checkpoint's default, and more where more images are asked for
-    default = max(defaults.max_tokens, most * size + defaults.max_tokens // 2)
-    wanted = options.max_tokens or default
-    budget = min(wanted, context - prompt)
-    limit = f"max tokens {wanted}, raise --max-tokens" if budget == wanted else f"context {context}"
-    first = defaults.image_first and not is_interleaved(request, options)
-    first = first and options.max_images != 0
-    needed = max(options.min_images, int(first)) * size + 1
-    if budget < needed:
-        raise ValueError(f"a prompt of {prompt} tokens leaves room for {max(0, budget)} ({limit}), "
-                         f"the answer needs {needed}; shorten the prompt or ask for fewer images")
-    rngs = (torch.Generator().manual_seed(request.seed) for _ in range(2))
-    forced = config.boi_id if first else None
-    return Row(request, watch, sequences, weights, budget, limit, forced, *rngs)
+        # the budget: what is asked for, else the checkpoint's, and more where images are asked for
+        size, prompt = config.latents_per_image + 2, len(self.contexts[0].tokens)
+        most = max(options.min_images, options.max_images or 0)
+        default = max(defaults.max_tokens, most * size + defaults.max_tokens // 2)
+        wanted, context = options.max_tokens or default, config.max_position_embeddings
+        self.budget = min(wanted, context - prompt)  # tokens it may still write
+        self.limit = f"context {context}"  # what set the budget
+        if self.budget == wanted:
+            self.limit = f"max tokens {wanted}, raise --max-tokens"
+        needed = max(options.min_images, int(first)) * size + 1
+        if self.budget < needed:
+            raise ValueError(f"a prompt of {prompt} tokens leaves room for {max(0, self.budget)} "
+                             f"({self.limit}), the answer needs {needed}; shorten the prompt or "
+                             "ask for fewer images")
 
 
 def pick_token(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> int:
@@ -426,7 +420,7 @@ def generate(pipeline: Pipeline, requests: list[Request], batch_size: int = 16,
 
     def start(number: int) -> Row:
         try:
-            return start_row(pipeline, requests[number], options, functools.partial(watch, number))
+            return Row(pipeline, requests[number], options, functools.partial(watch, number))
         except ValueError as error:
             raise ValueError(f"request {number}: {error}") from None
 
@@ -476,8 +470,8 @@ class RequestLine:
 
 
 def read_requests(path: str, seed: int) -> list[tuple[str, Request]]:
-    """A jsonl file -> (prompt text, Request) of each line; without a seed of its own it has `seed`.
-    Bytes that are not UTF-8 become surrogates, which no field takes."""
+    """Lines -> (prompt text, Request), with `seed` where they have none. Bytes that are not UTF-8
+    become surrogates, which no field takes."""
     if not Path(path).is_file():
         raise ValueError(f"requests file {path} does not exist, or is no file")
     requests, text = [], Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -492,7 +486,7 @@ def read_requests(path: str, seed: int) -> list[tuple[str, Request]]:
     return requests
 
 
-def warn_unknown_words(texts: list[str], words: list[str]) -> None:
+def warn_unknown_words(texts: set[str], words: list[str]) -> None:
     """A small model knows few words: name those it never saw."""
     said = {word.strip(".,?!;:\"'") for t in texts for word in t.replace("<image>", " ").split()}
     if words and (unknown := sorted(said - set(words) - {""})):
@@ -519,10 +513,10 @@ class Writer:
     def take(self, number: int, answer: Answer) -> None:
         self.answers[number] = answer
         while self.turn < len(self.answers) and self.write(self.answers[self.turn].complete):
-            self.turn, self.place = self.turn + 1, 0
+            pass  # what has waited for this
 
     def write(self, over: bool) -> bool:
-        """Write what is new of the answer whose turn it is -> whether it is over."""
+        """Write what is new of the answer whose turn it is; where it is over, the turn passes."""
         (prompt, request), answer = self.requests[self.turn], self.answers[self.turn]
         names, seed = self.names[self.turn], f" (seed {request.seed})\n"
         for segment in answer.segments[self.place :]:
@@ -540,10 +534,11 @@ class Writer:
             self.say("" if answer.segments or not answer.complete else seed)
             for note in answer.notes:
                 print(f"note: request {self.turn}: {note}", file=sys.stderr)
-        if self.results and answer.complete:
-            line = dict(prompt=prompt, text=answer.text, images=names, seed=request.seed)
-            self.results.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            self.results.flush()
+            if self.results and answer.complete:
+                line = dict(prompt=prompt, text=answer.text, images=names, seed=request.seed)
+                self.results.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                self.results.flush()
+            self.turn, self.place = self.turn + 1, 0
         return over
 
     def say(self, text: str) -> None:
@@ -569,7 +564,6 @@ class Writer:
         those that hold text and images, or several images."""
         while self.turn < len(self.answers):
             self.write(over=True)
-            self.turn, self.place = self.turn + 1, 0
         lines, rows = [], []
         everything = zip(self.requests, self.answers, self.names, strict=True)
         for (_, request), answer, names in everything:
@@ -586,8 +580,7 @@ class Writer:
             with checkpoint.whole_file(page) as file:
                 file.write("\n\n".join([*lines, ""]).encode())
             with checkpoint.whole_file(picture) as file:
-                size = enlarge(rows[0][-1][0], self.scale).size
-                sheet(rows, size).save(file, "PNG")
+                sheet(rows, enlarge(rows[0][-1][0], self.scale).size).save(file, "PNG")
             print(f"{page} {picture}")
 
 
@@ -602,10 +595,8 @@ def film(vae: VQVAE, latents: Tensor) -> list[Image.Image]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = checkpoint.Parser(
-        description=__doc__.split("The last token")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description, raw = __doc__.split("The last token")[0], argparse.RawDescriptionHelpFormatter
+    parser = checkpoint.Parser(description=description, formatter_class=raw)
     add, whole = parser.add_argument, checkpoint.number
     add("--prompt", action="append", default=[], help="what to draw or answer; repeatable")
     add("--image", action="append", default=[], metavar="FILE",
@@ -658,35 +649,31 @@ def run(args: argparse.Namespace) -> None:
         prompts = [(text, read_prompt(text, args.image)) for text in args.prompt or [""]]
         seeds = range(args.seed, args.seed + args.num_images)
         requests = [(text, Request(prompt, seed)) for text, prompt in prompts for seed in seeds]
-    given = {name: getattr(args, name) for name in vars(Options())}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name in vars(Options()) if (value := getattr(args, name)) is not None}
     options = Options(**given)  # may raise, before anything is loaded
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pipeline = load(args.checkpoint, device, dtype, args.vae, args.compile)
-    rows = [start_row(pipeline, request, options) for _, request in requests]
-    warn_unknown_words([text for text, _ in requests], pipeline.defaults.words)
+    rows = [Row(pipeline, request, options) for _, request in requests]
+    warn_unknown_words({text for text, _ in requests}, pipeline.defaults.words)
     if args.min_images or args.max_images:
         print(budget_line(pipeline, rows, args.max_images))
     output.mkdir(parents=True, exist_ok=True)
     lines = checkpoint.whole_file(results, True) if args.requests else contextlib.nullcontext()
     with checkpoint.lock(output), lines as file:
-        writer = Writer(pipeline, requests, args, file)
+        writer, (_, prompts) = Writer(pipeline, requests, args, file), zip(*requests, strict=True)
         try:
-            wanted = [request for _, request in requests]
-            generate(pipeline, wanted, args.batch_size, watch=writer.take, **given)
+            generate(pipeline, prompts, args.batch_size, watch=writer.take, **given)
         finally:
             writer.finish()
     if args.requests:
-        images = sum(map(len, writer.names))
-        print(f"{results}: {len(requests)} answers, {images} images")
+        print(f"{results}: {len(requests)} answers, {sum(map(len, writer.names))} images")
     print(f"{time.time() - started:.1f} seconds")
 
 
 def main() -> None:
     args = parse_args()
-    checkpoint.command_line(
-        "sample.py", lambda: run(args), f"interrupted; what was finished is in {args.output}"
-    )
+    interrupted = f"interrupted; what was finished is in {args.output}"
+    checkpoint.command_line("sample.py", lambda: run(args), interrupted)
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def test_nothing_inside_an_image_waits_for_the_device(loaded, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # meta has no autocast
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     options = sample.Options(cfg_scale=3.0, cfg_image=1.5)
-    row = sample.start_row(pipeline, request(1, "On."), options, lambda *_: None)
+    row = sample.Row(pipeline, request(1, "On."), options, lambda *_: None)
     row.slots = [0, 1, 2]
     cache = KVCache(CONFIG, 3, 60, "meta")
     hidden = torch.zeros(3, CONFIG.hidden_size, device="meta")
@@ -458,7 +458,7 @@ def test_no_image_is_begun_past_the_maximum(pipeline, monkeypatch):
 def test_what_fits_is_told_before_the_start(pipeline):
     def told(**options):
         options = sample.Options(**options)
-        row = sample.start_row(pipeline, request("a star"), options, None)
+        row = sample.Row(pipeline, request("a star"), options)
         return sample.budget_line(pipeline, [row], options.max_images)
 
     assert "3 images x 18 + text fits 74" in told(max_images=3)
