@@ -122,32 +122,29 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_safetensors(path: Path) -> Tensors:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; a checkpoint directory needs it")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
-
-
 def read_tensors(path: Path) -> Tensors:
     """All tensors of a safetensors file, or of its shards where it has an index; memory-mapped."""
-    index = path.with_name(path.name + ".index.json")
-    if path.is_file() or not index.is_file():
-        return read_safetensors(path)
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-        raise ValueError(f"{index} has no weight_map from the names of tensors to those of files")
-    names = sorted(set(files.values()))
-    if outside := [n for n in names if n != Path(n).name or n in ("", "..")]:
-        raise ValueError(f"{index} names files outside its directory: {', '.join(outside)}")
-    shards = {n: read_safetensors(path.with_name(n)) for n in names}
-    found = {(key, n) for n, shard in shards.items() for key in shard}
-    if wrong := sorted(found ^ files.items()):
-        named = ", ".join(f"{key} in {n}" for key, n in wrong)
+    index, files, names = path.with_name(path.name + ".index.json"), None, [path.name]
+    if index.is_file() and not path.is_file():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+            raise ValueError(f"{index} has no weight_map from names of tensors to those of files")
+        names = sorted(set(files.values()))
+        if outside := [n for n in names if n != Path(n).name or n in ("", "..")]:
+            raise ValueError(f"{index} names files outside its directory: {', '.join(outside)}")
+    shards = {}
+    for file in map(path.with_name, names):
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; a checkpoint directory needs it")
+        try:
+            shards[file.name] = load_file(file)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error})") from None
+    found = {(key, name) for name, shard in shards.items() for key in shard}
+    if files is not None and (wrong := sorted(found ^ files.items())):
+        named = ", ".join(f"{key} in {name}" for key, name in wrong)
         raise ValueError(f"{index} and its shards differ: {named}")
-    return {key: shards[n][key] for key, n in files.items()}
+    return {key: shards[name][key] for key, name in sorted(found)}
 
 
 @dataclass

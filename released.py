@@ -408,6 +408,7 @@ def open_released(directory: Path, hub: dict) -> Checkpoint:
 
 # --- Writing the Hub's layout --------------------------------------------------------------------
 
+HUB_IDS = ("bos", "pad", "eos", "boi", "eoi", "image")  # that config.json names
 HUB_FIXED = (  # what the released code and transformers do whatever the config says: our defaults
     "bos_id", "pad_id", "eos_id", "image_code_start",
     "latent_scale", "tau", "prediction", "beta_schedule", "zero_terminal_snr",  # of Orthus
@@ -460,13 +461,10 @@ def hub_config(model: dict, vae: dict, vocabulary: dict[str, int], dtype: torch.
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{name: model[name] for name in SAME_NAME},
         **{name: values[0] for name, values in ONLY.items() if values},
-        "boi_token_id": vocabulary["<racm3:break>"],
-        "eoi_token_id": vocabulary["<eoss>"],
-        "image_token_id": vocabulary["<image>"],
-        "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
+        **{f"{name}_token_id": model[f"{name}_id"] for name in HUB_IDS},
         "vq_config": vq,
         "vocabulary_map": vocabulary,
-    }  # fmt: skip
+    }
 
 
 def hub_extras(latents: int, side: int) -> dict[str, dict]:
@@ -493,8 +491,15 @@ def write_hub(directory: Path, config: dict, model: Tensors, vae: Tensors, token
     read; config has all fields of "model" and "vae"."""
     fields, sizes = config["model"], config["vae"]
     check_fits_hub(fields, sizes, model, vae)
-    files, path = hub_extras(fields["latents_per_image"], sizes["resolution"]), directory / MODEL
-    files = {"tokenizer.json": hub_tokenizer(tokenizer)} | files
+    files = hub_extras(fields["latents_per_image"], sizes["resolution"])
+    files["tokenizer.json"] = hub_tokenizer(tokenizer)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        checkpoint.write_json(directory / name, content)
+    vocabulary = read_vocabulary(directory / "tokenizer.json")
+    ids = token_ids(vocabulary, fields["num_codes"], tokenizer)
+    if wrong := [name for name in ids if ids[name] != fields[name]]:
+        raise ValueError(f"{tokenizer} has other ids than the model: {', '.join(wrong)}")
     tensors = {f"model.vqmodel.{name}": tensor for name, tensor in vae.items()}
     for name, tensor in model.items():
         for theirs, ours in HUB_TO_OURS.items():
@@ -503,12 +508,7 @@ def write_hub(directory: Path, config: dict, model: Tensors, vae: Tensors, token
         tensors[name if is_head else f"model.{name}"] = tensor
     if fields["image_head"] == "tokens":
         del tensors["model.codebook_in.weight"]  # it is the quantiser's
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_tensors(path, tensors)
-    for name, content in files.items():
-        checkpoint.write_json(directory / name, content)
-    vocabulary = read_vocabulary(directory / "tokenizer.json")
-    token_ids(vocabulary, fields["num_codes"], tokenizer)
+    checkpoint.write_tensors(directory / MODEL, tensors)
     dtype = model["embed_tokens.weight"].dtype
     checkpoint.write_json(directory / CONFIG, hub_config(fields, sizes, vocabulary, dtype))
 

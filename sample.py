@@ -128,11 +128,8 @@ class Pipeline:
 
 def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None,
          vae: str | Path | None = None, compile: bool = False) -> Pipeline:
-    """Open a checkpoint in any layout, its autoencoder from `vae` where given.
-
-    dtype of the transformer: fp32 on a CPU, bf16 elsewhere, unless given. compile: the transformer
-    step and the head's step go through torch.compile.
-    """
+    """Open a checkpoint in any layout, its autoencoder from `vae` where given. The transformer is
+    in fp32 on a CPU, bf16 elsewhere, unless dtype says otherwise."""
     source = checkpoint.open_checkpoint(directory)
     other = source if vae is None else checkpoint.open_checkpoint(vae)
     if dtype is None:
@@ -381,10 +378,10 @@ def decode(pipeline: Pipeline, rows: list[Row], options: Options, bar: tqdm) -> 
     """Answer a batch of requests: text and images in turn, until all have ended."""
     model, config = pipeline.model, pipeline.model.config
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
-    if any(row.contexts[0].images for row in rows):
-        resolution, hub_pixels = pipeline.vae.config.resolution, pipeline.defaults.hub_pixels
-        prompts = [row.contexts[0] for row in rows]
-        images = collate(prompts, config, resolution, hub_pixels=hub_pixels).images.to(device)
+    prompts = [row.contexts[0] for row in rows]
+    images = collate(prompts, config, pipeline.vae.config.resolution,
+                     hub_pixels=pipeline.defaults.hub_pixels).images.to(device)  # fmt: skip
+    if len(images):
         latents = pipeline.vae.encode(images).split([len(p.images) for p in prompts])
         for row, own in zip(rows, latents, strict=True):  # (images of its prompt, L, C)
             row.latents = own.flatten(0, 1)
@@ -392,8 +389,7 @@ def decode(pipeline: Pipeline, rows: list[Row], options: Options, bar: tqdm) -> 
     for row in rows:
         row.slots = list(range(last, last := last + len(row.contexts)))
     longest = max(len(s.tokens) for row in rows for s in row.contexts)
-    length = longest + max(row.budget for row in rows)
-    cache = KVCache(config, last, length, device, dtype)
+    cache = KVCache(config, last, longest + max(row.budget for row in rows), device, dtype)
     hidden = torch.zeros(last, config.hidden_size, device=device, dtype=dtype)
     hidden[[row.slots[0] for row in rows]] = prefill(pipeline, [(row, 0) for row in rows], cache)
     steps = options.steps or pipeline.defaults.steps
@@ -410,9 +406,8 @@ def generate(pipeline: Pipeline, requests: list[Request], batch_size: int = 16,
              **options) -> list[Answer]:
     """Answer requests, `batch_size` at a time; the other options are those of Options.
 
-    watch is called with the number of a request and its answer whenever that has grown. A batch
-    that does not fit the device's memory is split. Raises ValueError, before anything is drawn,
-    where a prompt leaves no room for an answer.
+    watch is told the number of a request and its answer when that has grown. A batch that does not
+    fit the device's memory is split. Raises ValueError where a prompt leaves no room for an answer.
     """
     options = Options(**options)
     if type(batch_size) is not int or batch_size < 1:
@@ -458,10 +453,10 @@ def pick_device(name: str) -> torch.device:
 
 @dataclass
 class RequestLine:
-    """A line of a --requests file."""
+    """A line of a --requests file: text, paths, and a seed where it has its own."""
 
     prompt: str
-    images: list[str] = field(default_factory=list)  # paths
+    images: list[str] = field(default_factory=list)
     seed: int | None = within(None, 0, 2**31)
 
     def __post_init__(self):
@@ -470,8 +465,8 @@ class RequestLine:
 
 
 def read_requests(path: str, seed: int) -> list[tuple[str, Request]]:
-    """Lines -> (prompt text, Request), with `seed` where they have none. Bytes that are not UTF-8
-    become surrogates, which no field takes."""
+    """Each line's prompt as text and as a Request. Bytes that are not UTF-8 become surrogates,
+    which no field takes."""
     if not Path(path).is_file():
         raise ValueError(f"requests file {path} does not exist, or is no file")
     requests, text = [], Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
