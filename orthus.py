@@ -32,10 +32,6 @@ import checkpoint
 from checkpoint import within
 
 
-def token_id(default: int) -> int:
-    return within(default, 0, 2**24)
-
-
 @dataclass
 class OrthusConfig:
     """Sizes, choices and token ids of a model; the defaults are the released 7B model's."""
@@ -68,39 +64,37 @@ class OrthusConfig:
     diffusion_batch_multiplier: int = 8  # times each latent is noised in one loss
     image_loss_weight: float = within(100.0, 0.0, 1e9)  # lambda, of the mean over channels
     # token ids; image code k is token image_code_start + k
-    bos_id: int = token_id(0)
-    pad_id: int = token_id(1)
-    eos_id: int = token_id(2)
-    unk_id: int = token_id(3)
-    image_code_start: int = token_id(4)
-    eoi_id: int = token_id(8196)
-    boi_id: int = token_id(8197)
-    sep_id: int = token_id(8710)
-    image_id: int = token_id(8711)
+    bos_id: int = within(0, 0, 2**24)
+    pad_id: int = within(1, 0, 2**24)
+    eos_id: int = within(2, 0, 2**24)
+    unk_id: int = within(3, 0, 2**24)
+    image_code_start: int = within(4, 0, 2**24)
+    eoi_id: int = within(8196, 0, 2**24)
+    boi_id: int = within(8197, 0, 2**24)
+    sep_id: int = within(8710, 0, 2**24)
+    image_id: int = within(8711, 0, 2**24)
 
     def __post_init__(self):
         checkpoint.check_fields(self)
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        heads, codes = (self.num_attention_heads, self.num_key_value_heads), self.image_codes
         ids = [value for name, value in vars(self).items() if name.endswith("_id")]
-        codes = range(self.image_code_start, self.image_code_start + self.num_codes)
-        softmax, tokens = self.vision_embedding == "softmax", self.image_head == "tokens"
-        for is_wrong, problem in (
-            (self.hidden_size % (2 * heads), f"hidden_size {self.hidden_size} does not make "
-             f"num_attention_heads {heads} of an even width"),
-            (heads % groups, f"num_attention_heads {heads} is not a multiple of "
-             f"num_key_value_heads {groups}"),
-            (softmax and self.tau == 0, "tau is 0.0; softmax needs tau > 0, its limit is "
-             "vision_embedding 'argmin'"),
-            (tokens and self.vision_embedding == "linear", "image_head 'tokens' needs a codebook; "
-             "vision_embedding 'linear' has none"),
-            (len(set(ids)) < len(ids) or any(i in codes for i in ids),
-             f"token ids {ids} are not distinct, or among the image codes {codes}"),
-            (max(*ids, codes.stop - 1) >= self.vocab_size, f"vocab_size {self.vocab_size} does not "
-             f"hold token ids {ids} and image codes {codes}"),
-        ):
-            if is_wrong:
-                raise ValueError(problem)
+        if self.hidden_size % (2 * heads[0]) or heads[0] % heads[1]:
+            raise ValueError(f"hidden_size {self.hidden_size}, query and key heads {heads}; want "
+                             "heads of an even width, and as many or several queries to a key")
+        if self.vision_embedding == "softmax" and self.tau == 0:
+            raise ValueError("tau is 0.0; want more, or its limit: vision_embedding 'argmin'")
+        if self.vision_embedding == "linear" and self.image_head == "tokens":
+            raise ValueError("image_head 'tokens' needs a codebook; vision_embedding is 'linear'")
+        if len(set(ids)) < len(ids) or any(i in codes for i in ids):
+            raise ValueError(f"token ids {ids} are not distinct, or among the image codes {codes}")
+        if max(*ids, codes[-1]) >= self.vocab_size:
+            raise ValueError(f"vocab_size {self.vocab_size}; token ids {ids}, image codes {codes}")
         NoiseSchedule(self.beta_schedule, self.zero_terminal_snr, self.prediction)  # may raise
+
+    @property
+    def image_codes(self) -> range:
+        """The tokens of codes 0 to K - 1."""
+        return range(self.image_code_start, self.image_code_start + self.num_codes)
 
     @property
     def head_dim(self) -> int:
@@ -155,10 +149,7 @@ class HeadNorm(nn.Module):
 
 
 def rope(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Positions (B, T) -> cosines and sines (B, T, 1, width), split-half layout, fp32.
-
-    The first half of the sines is negated: what `rotate` multiplies by them has its halves swapped.
-    """
+    """Positions (B, T) -> cosines, and sines as `rotate` wants them, (B, T, 1, width), fp32."""
     exponent = torch.arange(0, width, 2, device=positions.device) / width
     angles = positions[..., None, None].float() * theta**-exponent  # (B, T, 1, width / 2)
     cos, sin = angles.cos(), angles.sin()
@@ -166,6 +157,7 @@ def rope(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of a head's width."""
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sin.to(x.dtype)
 
 
@@ -283,9 +275,9 @@ class VisionEmbedding(nn.Module):
     """
     def __init__(self, config: OrthusConfig, embed_tokens: nn.Embedding):
         super().__init__()
-        self.kind, self.tau, self.num_codes = config.vision_embedding, config.tau, config.num_codes
-        self.start = config.image_code_start
-        self.shared = (embed_tokens,)  # the w_j; in a tuple, so that it is not registered twice
+        self.kind, self.tau, codes = config.vision_embedding, config.tau, config.image_codes
+        self.image_codes = slice(codes.start, codes.stop)  # rows of the table that are the w_j
+        self.shared = (embed_tokens,)  # in a tuple, so that it is not registered twice
         if self.kind == "linear":
             self.projection = nn.Linear(config.latent_channels, config.hidden_size)
         else:
@@ -310,13 +302,12 @@ class VisionEmbedding(nn.Module):
         return torch.exp(-(log_weights.exp() * log_weights).sum(-1))
 
     def forward(self, latents: Tensor) -> Tensor:
-        table = self.shared[0].weight
         if self.kind == "linear":
             return self.projection(latents.to(self.projection.weight.dtype))
+        table = self.shared[0].weight[self.image_codes]  # (K, D)
         if self.kind == "argmin":
-            return F.embedding(self.codes(latents) + self.start, table)
-        weights = (self.logits(latents) / self.tau).softmax(-1)  # (N, K)
-        return weights.to(table.dtype) @ table[self.start : self.start + self.num_codes]
+            return F.embedding(self.codes(latents), table)
+        return (self.logits(latents) / self.tau).softmax(-1).to(table.dtype) @ table
 
 
 # --- Noise schedule ------------------------------------------------------------------------------
@@ -401,9 +392,7 @@ def randn(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> 
 def guide(outputs: Tensor, weights: tuple[float, ...] | Tensor) -> Tensor:
     """Outputs (B, G, X) for G guidance contexts -> their sum (B, X) with weights (G,)."""
     if len(weights) != outputs.shape[1]:
-        raise ValueError(
-            f"got {len(weights)} guidance weights for {outputs.shape[1]} contexts; give one each"
-        )
+        raise ValueError(f"{len(weights)} guidance weights for {outputs.shape[1]} contexts")
     weights = torch.as_tensor(weights, dtype=torch.float32, device=outputs.device)
     return weights @ outputs.float()
 
@@ -465,7 +454,6 @@ class DiffusionHead(nn.Module):
         self.latent_scale, self.multiplier = config.latent_scale, config.diffusion_batch_multiplier
         schedule = config.beta_schedule, config.zero_terminal_snr, config.prediction
         self.schedule = NoiseSchedule(*schedule)
-        self.levels = (0, 1000)  # of the timesteps that a loss draws
         self.time_embed = TimeEmbedding(w)
         self.cond_embed = nn.Linear(config.hidden_size, w)
         self.input_proj = nn.Linear(c, w)
@@ -501,11 +489,12 @@ class DiffusionHead(nn.Module):
         return self.denoise(noisy, self.modulations(self.time_embed(t) + self.cond_embed(hidden)))
 
     def loss(self, hidden: Tensor, latents: Tensor, t: Tensor | None = None,
-             noise: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+             noise: Tensor | None = None, generator: Generator | None = None,
+             levels: tuple[int, int] = (0, 1000)) -> Tensor:
         """Eq. 3: hidden (N, D), latents (N, C) -> squared error, averaged over everything.
 
         Each latent is noised `diffusion_batch_multiplier` times, unless t (N,) or noise (N, C) is
-        given. t is uniform over 0..999.
+        given. t is drawn uniformly from the range of `levels`.
         """
         if t is None and noise is None:
             hidden = hidden.repeat(self.multiplier, 1)
@@ -515,17 +504,15 @@ class DiffusionHead(nn.Module):
             noise = randn(clean.shape, clean, generator)
         if t is None:
             device = generator.device if generator is not None else clean.device
-            t = torch.randint(*self.levels, clean.shape[:1], generator=generator, device=device)
+            t = torch.randint(*levels, clean.shape[:1], generator=generator, device=device)
         t = t.to(clean.device)
         output = self(self.schedule.add_noise(clean, noise, t), t, hidden)
         return F.mse_loss(output, self.schedule.target(clean, noise, t))
 
     def prepare(self, steps: int) -> tuple[Tensor, Tensor]:
         """Time embeddings (S, W), and DDIM's two coefficients of each step (S, 2)."""
-        t, a, b = zip(*self.schedule.ddim(steps), strict=True)
-        device = self.input_proj.weight.device
-        coefficients = torch.tensor([a, b], device=device).T
-        return self.time_embed(torch.tensor(t, device=device)), coefficients
+        plan = torch.tensor(self.schedule.ddim(steps), device=self.input_proj.weight.device)
+        return self.time_embed(plan[:, 0]), plan[:, 1:]
 
     def step(self, x: Tensor, weights, coefficients: Tensor, modulations) -> Tensor:
         """One step of DDIM for x (B, C): x <- a x + b output, the output guided."""
@@ -536,25 +523,22 @@ class DiffusionHead(nn.Module):
     def sample(self, hidden: Tensor, weights: tuple[float, ...] | Tensor = (1.0,), steps: int = 100,
                noise: Tensor | None = None, generator: Generator | None = None,
                prepared: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """DDIM: hidden (B, G, D) -> latents (B, C).
+        """DDIM, the outputs for the G contexts of a latent summed with weights that add up to 1.
 
-        The outputs for the G guidance contexts of a latent are summed with `weights` (G,), which
-        add up to 1. From step to step only x changes: the modulations, 70% of the head's weights,
-        are computed ahead of the loop, many steps in one product. `prepared` is what prepare(steps)
-        gave.
+        From step to step only x changes: the modulations, 70% of the head's weights, are computed
+        ahead of the loop, many steps in one product.
         """
         if noise is None:
             noise = randn((len(hidden), self.input_proj.in_features), hidden, generator)
         x = noise.float()
-        time, coefficients = prepared or self.prepare(steps)
-        condition = self.cond_embed(hidden.to(time.dtype))  # (B, G, W)
+        times, coefficients = prepared or self.prepare(steps)
+        condition = self.cond_embed(hidden.to(times.dtype))  # (B, G, W)
         ahead = max(1, HOISTED_ROWS // hidden[..., 0].numel())  # steps in one product
-        for first in range(0, len(time), ahead):
-            y = time[first : first + ahead, None, None] + condition  # (ahead, B, G, W)
-            parts = [zip(*(m.unbind(0) for m in part), strict=True) for part in self.modulations(y)]
-            now = coefficients[first : first + ahead].unbind(0)
-            for pair, *modulations in zip(now, *parts, strict=True):
-                x = self.step(x, weights, pair, modulations)
+        for time, pairs in zip(times.split(ahead), coefficients.split(ahead), strict=True):
+            parts = self.modulations(time[:, None, None] + condition)  # each (ahead, B, G, W)
+            parts = [[m.unbind() for m in part] for part in parts]
+            for k, pair in enumerate(pairs.unbind()):
+                x = self.step(x, weights, pair, [[m[k] for m in part] for part in parts])
         return x / self.latent_scale
 
 
