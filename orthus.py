@@ -17,9 +17,8 @@ the transformer's output after its final norm, a "slot" is a place in the cache.
 """
 
 import copy
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -126,26 +125,16 @@ PRESETS = {"7b": {}, "tiny": TINY, "nano": NANO}
 # --- Transformer parts ---------------------------------------------------------------------------
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """In fp32, then cast, then times the weight: Llama's order."""
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-class HeadNorm(nn.Module):
-    """QK-norm: LayerNorm over the channels of each head, every head with its own affine map."""
-    def __init__(self, heads: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads, width))
-        self.bias = nn.Parameter(torch.zeros(heads, width))
-
+class HeadNorm(nn.LayerNorm):
+    """QK-norm: over the channels of each head alone, every head with its own affine map."""
     def forward(self, x: Tensor) -> Tensor:  # (B, T, heads, width)
-        return F.layer_norm(x, x.shape[-1:], eps=1e-5) * self.weight + self.bias
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight + self.bias
 
 
 def rope(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -170,8 +159,7 @@ class KVCache:
     """
     def __init__(self, config: OrthusConfig, batch: int, length: int, device="cpu", dtype=None):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length)
-        self.keys = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        self.keys, self.values = torch.zeros(2, *shape, config.head_dim, device=device, dtype=dtype)
         self.visible = torch.zeros(batch, length, dtype=torch.bool, device=device)
         self.used = torch.zeros(batch, dtype=torch.long, device=device)  # slots written, by row
         self.rows = torch.arange(batch, device=device)
@@ -207,8 +195,7 @@ class Attention(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.q_proj, self.o_proj = (nn.Linear(d, d, bias=False) for _ in range(2))
         self.k_proj, self.v_proj = (nn.Linear(d, kv_heads * width, bias=False) for _ in range(2))
-        self.q_norm = HeadNorm(heads, width)
-        self.k_norm = HeadNorm(kv_heads, width)
+        self.q_norm, self.k_norm = HeadNorm((heads, width)), HeadNorm((kv_heads, width))
 
     def forward(self, x, cos, sin, bias, slots, cache: KVCache | None) -> Tensor:
         q = self.q_proj(x).unflatten(-1, self.q_norm.weight.shape)  # (B, T, H, width)
@@ -238,8 +225,7 @@ class MLP(nn.Module):
     def __init__(self, config: OrthusConfig):
         super().__init__()
         d, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, inner, bias=False)
-        self.up_proj = nn.Linear(d, inner, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(d, inner, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(inner, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -377,7 +363,7 @@ class NoiseSchedule:
 # --- Image heads: one interface ------------------------------------------------------------------
 #
 #     Head(config, model)    the model whose head it is; only TokenHead looks at it
-#     .loss(hidden (N, D), latents (N, C), generator=) -> scalar
+#     .loss(hidden (N, D), latents (N, C), generator=, levels=) -> scalar
 #     .prepare(steps)        what sampling needs once an image, not once a latent
 #     .sample(hidden (B, G, D), weights (G,), steps=, noise=, generator=, prepared=) -> (B, C)
 #     .init_weights()        its own initial values
@@ -448,6 +434,8 @@ class DiffusionHead(nn.Module):
 
     Latents are scaled by latent_scale here and nowhere else.
     """
+    hoisted_rows = 4096  # of modulations held at once, 11 W numbers each: bounds the memory
+
     def __init__(self, config: OrthusConfig, model: "Orthus | None" = None):
         super().__init__()
         w, c = config.head_width, config.latent_channels
@@ -497,11 +485,9 @@ class DiffusionHead(nn.Module):
         given. t is drawn uniformly from the range of `levels`.
         """
         if t is None and noise is None:
-            hidden = hidden.repeat(self.multiplier, 1)
-            latents = latents.repeat(self.multiplier, 1)
+            hidden, latents = (x.repeat(self.multiplier, 1) for x in (hidden, latents))
         clean = latents.float() * self.latent_scale
-        if noise is None:
-            noise = randn(clean.shape, clean, generator)
+        noise = randn(clean.shape, clean, generator) if noise is None else noise
         if t is None:
             device = generator.device if generator is not None else clean.device
             t = torch.randint(*levels, clean.shape[:1], generator=generator, device=device)
@@ -533,16 +519,13 @@ class DiffusionHead(nn.Module):
         x = noise.float()
         times, coefficients = prepared or self.prepare(steps)
         condition = self.cond_embed(hidden.to(times.dtype))  # (B, G, W)
-        ahead = max(1, HOISTED_ROWS // hidden[..., 0].numel())  # steps in one product
+        ahead = max(1, self.hoisted_rows // hidden[..., 0].numel())  # steps in one product
         for time, pairs in zip(times.split(ahead), coefficients.split(ahead), strict=True):
             parts = self.modulations(time[:, None, None] + condition)  # each (ahead, B, G, W)
             parts = [[m.unbind() for m in part] for part in parts]
             for k, pair in enumerate(pairs.unbind()):
                 x = self.step(x, weights, pair, [[m[k] for m in part] for part in parts])
         return x / self.latent_scale
-
-
-HOISTED_ROWS = 4096  # rows of modulations held at once, 11 W numbers each: bounds the memory
 
 
 class RegressionHead(nn.Module):
@@ -563,7 +546,7 @@ class RegressionHead(nn.Module):
         """(.., D) -> latents (.., C) in scaled units."""
         return self.mlp(hidden.to(self.mlp[0].weight.dtype)).float()
 
-    def loss(self, hidden: Tensor, latents: Tensor, generator=None) -> Tensor:
+    def loss(self, hidden: Tensor, latents: Tensor, generator=None, levels=None) -> Tensor:
         """Hidden (N, D), latents (N, C) -> squared error in scaled units, without noise."""
         return F.mse_loss(self(hidden), latents.float() * self.latent_scale)
 
@@ -580,16 +563,16 @@ class TokenHead(nn.Module):
     def __init__(self, config: OrthusConfig, model: "Orthus"):
         super().__init__()
         self.model = (model,)  # in a tuple, so that it is not registered here
-        self.codes = slice(config.image_code_start, config.image_code_start + config.num_codes)
+        self.image_codes = model.vision_embedding.image_codes
 
     def init_weights(self) -> None: ...
 
     def prepare(self, steps: int) -> None: ...
 
-    def loss(self, hidden: Tensor, latents: Tensor, generator=None) -> Tensor:
+    def loss(self, hidden: Tensor, latents: Tensor, generator=None, levels=None) -> Tensor:
         """Cross-entropy of the nearest codes' tokens over the whole vocabulary."""
         (model,) = self.model
-        tokens = model.vision_embedding.codes(latents) + self.codes.start
+        tokens = model.vision_embedding.codes(latents) + self.image_codes.start
         return F.cross_entropy(model.lm_head(hidden).float(), tokens)
 
     @torch.no_grad()
@@ -597,7 +580,7 @@ class TokenHead(nn.Module):
         """A code drawn from the guided distribution over the K image tokens alone: the noise's
         first channel becomes the uniform number that picks it."""
         (model,) = self.model
-        logits = F.linear(hidden, model.lm_head.weight[self.codes])  # (B, G, K)
+        logits = F.linear(hidden, model.lm_head.weight[self.image_codes])  # (B, G, K)
         cumulative = guide(logits, weights).softmax(-1).cumsum(-1)  # (B, K)
         noise = randn((len(hidden), 1), hidden, generator) if noise is None else noise
         codes = torch.searchsorted(cumulative, torch.special.ndtr(noise[:, :1].float()))[:, 0]
@@ -690,14 +673,15 @@ class Orthus(nn.Module):
 
     def loss(self, tokens: Tensor, latents: Tensor, labels: Tensor,
              generator: Generator | None = None, targets: Tensor | None = None,
-             shares: tuple[float, float] = (1.0, 1.0)) -> OrthusLoss:
+             shares: tuple[float, float] = (1.0, 1.0),
+             levels: tuple[int, int] = (0, 1000)) -> OrthusLoss:
         """L = L_ar + lambda L_diff, stage 2's objective.
 
         labels (B, T) are unshifted: -100 is ignored, image_id stands at the placeholders of output
         images, whose latents alone enter the image loss, any other id is a text target. targets
-        (N, C) are the latents to predict where those that are read differ from them. shares: of a
-        whole step's text and image targets, how much this part of it holds, so that the totals of
-        its parts add up to the step's L.
+        (N, C) are the latents to predict where those that are read differ from them. shares: how
+        much of a whole step's text and image targets is here, so that the totals of its parts add
+        up to the step's L. levels: the range of noise levels of a diffusion head.
         """
         targets = latents if targets is None else targets
         hidden = self(tokens, latents)[:, :-1]  # (B, T-1, D): each predicts what comes next
@@ -710,8 +694,9 @@ class Orthus(nn.Module):
             text = shares[0] * F.cross_entropy(logits, labels[is_text])
         if is_output.any():
             wanted = F.pad(is_output, (1, 0))[tokens == self.config.image_id]  # (N,)
-            image = self.image_head.loss(hidden[is_output], targets[wanted], generator=generator)
-            image = shares[1] * image
+            image = shares[1] * self.image_head.loss(
+                hidden[is_output], targets[wanted], generator=generator, levels=levels
+            )
         return OrthusLoss(text + self.config.image_loss_weight * image, text, image)
 
     @classmethod
@@ -724,5 +709,4 @@ class Orthus(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config and weights into a checkpoint directory; its other parts are kept."""
-        config = {"model": dataclasses.asdict(self.config)}
-        checkpoint.write(directory, config, model=self.state_dict())
+        checkpoint.write(directory, {"model": asdict(self.config)}, model=self.state_dict())
