@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -51,20 +51,15 @@ ALIKE = 0.75  # overlap below which a blob is none of the shapes; rendered ones 
 
 def dilate(mask: np.ndarray) -> np.ndarray:
     """(H, W) of booleans, and the four neighbours of every true pixel."""
-    out = mask.copy()
-    out[1:] |= mask[:-1]
-    out[:-1] |= mask[1:]
-    out[:, 1:] |= mask[:, :-1]
-    out[:, :-1] |= mask[:, 1:]
-    return out
+    wide = np.pad(mask, 1)
+    return mask | wide[2:, 1:-1] | wide[:-2, 1:-1] | wide[1:-1, 2:] | wide[1:-1, :-2]
 
 
-def flood(seed: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The connected parts of mask (H, W) that seed (H, W) touches."""
-    reached = seed & mask
-    while (more := dilate(reached) & mask).sum() > reached.sum():
-        reached = more
-    return reached
+def fill(mask: np.ndarray, x: int, y: int) -> np.ndarray:
+    """The connected part of mask (H, W) that a pixel of it lies in."""
+    image = Image.fromarray(mask.astype(np.uint8)).copy()  # one that may be written
+    ImageDraw.floodfill(image, (x, y), 2)
+    return np.asarray(image) == 2
 
 
 def patch(coverage: np.ndarray) -> tuple[np.ndarray, float, float, float]:
@@ -74,27 +69,23 @@ def patch(coverage: np.ndarray) -> tuple[np.ndarray, float, float, float]:
     x, y = (coverage * columns).sum() / area, (coverage * rows).sum() / area
     half = SPAN * math.sqrt(area)
     step = 2 * half / GRID
-    samples = Image.fromarray(coverage.astype(np.float32)).transform(
-        (GRID, GRID),
-        Image.Transform.AFFINE,
-        (step, 0, x - half, 0, step, y - half),
-        Image.Resampling.BILINEAR,
-    )
+    affine = Image.Transform.AFFINE, (step, 0, x - half, 0, step, y - half)
+    image = Image.fromarray(coverage.astype(np.float32))
+    samples = image.transform((GRID, GRID), *affine, Image.Resampling.BILINEAR)
     return np.asarray(samples).ravel(), float(x), float(y), float(area)
 
 
 @functools.cache
-def templates() -> tuple[np.ndarray, list[str], list[float]]:
+def templates() -> tuple[np.ndarray, tuple[str, ...], tuple[float, ...]]:
     """Every shape, turned and sized: patches (n, GRID * GRID), names, and area at r = 1."""
-    patches, names, areas = [], [], []
+    drawn = []
     for shape in shapes.SHAPES:
         for angle in np.linspace(-0.25, 0.25, 1 if shape == "circle" else 9):
             for r in (6, 8, 11):  # small ones are blurred by their pixels
-                drawn = shapes.render([Thing(shape, "", 32, 32, r, angle)]).convert("L")
-                samples, _, _, area = patch(1 - np.asarray(drawn) / np.max(drawn))
-                patches.append(samples)
-                names.append(shape)
-                areas.append(area / r**2)
+                grey = shapes.render([Thing(shape, "", 32, 32, r, angle)]).convert("L")
+                samples, _, _, area = patch(1 - np.asarray(grey) / np.max(grey))
+                drawn.append((samples, shape, area / r**2))
+    patches, names, areas = zip(*drawn, strict=True)
     return np.stack(patches), names, areas
 
 
@@ -114,13 +105,11 @@ def detect(image: Image.Image) -> list[Thing]:
     along = pixels @ (PALETTE / LENGTHS[:, None]).T  # (H, W, colours)
     colour = along.argmax(-1)
     coverage = (along.max(-1) / LENGTHS[colour]).clip(0, 1)
-    border = np.pad(np.zeros((shapes.CANVAS - 2,) * 2, bool), 1, constant_values=True)
-    todo = ~flood(border, coverage < 0.5)  # what the outside does not reach
+    todo = ~fill(np.pad(coverage < 0.5, 1, constant_values=True), 0, 0)[1:-1, 1:-1]  # not outside
     found = []
     while todo.any():
-        first = np.zeros_like(todo)
-        first.flat[todo.argmax()] = True
-        blob = flood(first, todo)
+        y, x = np.argwhere(todo)[0].tolist()
+        blob = fill(todo, x, y)
         todo &= ~blob
         if blob.sum() >= SPECK:
             inside, around = ~dilate(~blob), dilate(blob)
@@ -157,11 +146,14 @@ def reads(things: list[Thing], seen: list[Thing], within: float = 3.0) -> bool:
 
 
 def judge(example: Example, seen: list[Thing]) -> bool:
-    """Whether a picture with the things `seen` is what the example's caption asks for.
+    """Whether a picture with the things `seen` is what the example asks for.
 
-    The picture must hold the caption's things and no others. Colours count where the caption
-    names them.
+    A caption's must hold its things and no others; colours count where the caption names them.
+    After an edit every other thing must be what and where it was; an added one may stand anywhere.
     """
+    if example.before:
+        is_add = example.kind == "add"
+        return bool(added(example, seen)) if is_add else reads(example.things, seen)
     colourless = example.kind in ("one object", "two objects")
     names = [sorted(t.shape if colourless else t.name for t in ts) for ts in (example.things, seen)]
     if names[0] != names[1]:
@@ -181,33 +173,20 @@ def stands_as_said(caption: str, seen: list[Thing]) -> bool:
     return x * dx + y * dy > 0.8 * abs(y * dx + x * dy)
 
 
-def new_thing(example: Example, seen: list[Thing]) -> Thing | None:
-    """The thing that an "add" edit added: it may stand anywhere, all others where they were."""
-    for i, thing in enumerate(seen):
-        rest = seen[:i] + seen[i + 1 :]
-        if thing.name == example.things[-1].name and reads(example.before, rest):
-            return thing
-    return None
-
-
-def judge_edit(example: Example, seen: list[Thing]) -> bool:
-    """Whether exactly the asked edit happened: every other thing is what and where it was."""
-    if example.kind == "add":
-        return new_thing(example, seen) is not None
-    return reads(example.things, seen)
+def added(example: Example, seen: list[Thing]) -> list[Thing]:
+    """The thing that an "add" edit added, if it is there and all others are where they were."""
+    name, before = example.things[-1].name, example.before
+    rests = ((thing, seen[:i] + seen[i + 1 :]) for i, thing in enumerate(seen))
+    return [thing for thing, rest in rests if thing.name == name and reads(before, rest)][:1]
 
 
 def kept(example: Example, image: Image.Image, seen: list[Thing]) -> float:
     """PSNR in decibels of everything outside the edited thing; of everything where an added one is
     not found."""
-    if example.kind == "add":
-        edited = new_thing(example, seen)
-        edited = [edited] if edited else []
-    else:
-        edited = [t for t in example.before if t not in example.things]
+    gone = [t for t in example.before if t not in example.things]
     rows, columns = np.indices((shapes.CANVAS, shapes.CANVAS)) + 0.5
     outside = np.ones((shapes.CANVAS, shapes.CANVAS), bool)
-    for t in edited:
+    for t in added(example, seen) if example.kind == "add" else gone:
         outside &= np.hypot(columns - t.x, rows - t.y) > t.reach + 2
     truth = np.asarray(shapes.render(example.before), float)
     error = np.asarray(full_size(image), float) - truth
@@ -216,14 +195,10 @@ def kept(example: Example, image: Image.Image, seen: list[Thing]) -> float:
 
 def judge_frame(sentence: str, before: list[Thing], after: list[Thing]) -> bool:
     """Whether a story's frame shows what its sentence says, and nothing else changed."""
-    if sorted(t.name for t in before) != sorted(t.name for t in after):
-        return False
-    match = re.fullmatch(r"The (\w+ \w+) moves (\w+)\.", sentence.strip())
-    if not match or match[2] not in shapes.MOVES:
+    match = re.fullmatch(rf"The (\w+ \w+) moves ({'|'.join(shapes.MOVES)})\.", sentence.strip())
+    if not match or match[1] not in [t.name for t in before]:
         return False
     dx, dy = (shapes.STRIDE * v for v in shapes.MOVES[match[2]])
-    if match[1] not in [t.name for t in before]:
-        return False
     moved = [replace(t, x=t.x + dx, y=t.y + dy) if t.name == match[1] else t for t in before]
     return reads(moved, after, within=4.0)
 
@@ -292,6 +267,7 @@ def autoencoder_report(vae: VQVAE, world: Shapes, seed: int, scenes: int) -> dic
 # --- The tasks -----------------------------------------------------------------------------------
 
 UNSEEN = "unseen combinations"  # a row of the table
+BLACK = Image.new("RGB", (shapes.CANVAS, shapes.CANVAS))  # in place of a picture that is missing
 
 
 @dataclass
@@ -326,15 +302,6 @@ def held_out(config: ShapesConfig, task: str, seed: int, count: int, name: str) 
     return examples
 
 
-def first_image(answer: Answer) -> Image.Image:
-    """Black where there is none."""
-    return answer.images[0] if answer.images else Image.new("RGB", (shapes.CANVAS,) * 2)
-
-
-def saw(seen: list[Thing]) -> str:
-    return "\nsaw " + (", ".join(t.name for t in seen) or "nothing")
-
-
 def side_by_side(images: list[Image.Image]) -> Image.Image:
     page = Image.new("RGB", ((shapes.CANVAS + 2) * len(images) - 2, shapes.CANVAS), "white")
     for i, image in enumerate(images):
@@ -342,13 +309,20 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
     return page
 
 
+def labelled(text: str, seen: list[Thing], right: bool) -> str:
+    return text if right else f"{text}\nsaw " + (", ".join(t.name for t in seen) or "nothing")
+
+
 def drawn(example: Example, answer: Answer) -> list[Verdict]:
-    """A picture of a caption."""
-    image, row = first_image(answer), UNSEEN if example.unseen else example.kind
+    """A picture of a caption; an edited scene, told in words or by an example pair."""
+    image = answer.images[0] if answer.images else BLACK
     seen = detect(image)
     right = bool(answer.images) and judge(example, seen)
-    label = example.segments[0].content + saw(seen) * (not right)
-    return [Verdict(row, full_size(image), label, right)]
+    given = [s.content for s in example.segments[:-1]]
+    text = given.pop() if isinstance(given[-1], str) else ""
+    page, row = side_by_side([*given, image]), UNSEEN if example.unseen else example.kind
+    elsewhere = kept(example, image, seen) if answer.images and example.before else None
+    return [Verdict(row, page, labelled(text, seen, right), right, kept=elsewhere)]
 
 
 def said(example: Example, answer: Answer) -> list[Verdict]:
@@ -360,30 +334,18 @@ def said(example: Example, answer: Answer) -> list[Verdict]:
     return [Verdict(example.kind, page, label, text == expected, text, expected)]
 
 
-def edited(example: Example, answer: Answer) -> list[Verdict]:
-    """An edited scene, told in words or by an example pair."""
-    image = first_image(answer)
-    seen = detect(image)
-    right = bool(answer.images) and judge_edit(example, seen)
-    given = [s.content for s in example.segments[:-1]]
-    label = (given.pop() if isinstance(given[-1], str) else "") + saw(seen) * (not right)
-    elsewhere = kept(example, image, seen) if answer.images else None
-    return [Verdict(example.kind, side_by_side([*given, image]), label, right, kept=elsewhere)]
-
-
 def told(example: Example, answer: Answer) -> list[Verdict]:
     """A story's frames: whether each is true of its sentence, and whether the actors are still the
     same. A frame that is missing is neither; more are not looked at."""
     before, sentence, verdicts = example.before, "", []
     actors = sorted(t.name for t in before)
-    missing = [Segment(Image.new("RGB", (shapes.CANVAS,) * 2))] * (shapes.FRAMES - 1)
-    for segment in [*answer.segments, *missing]:
+    for segment in [*answer.segments, *[Segment(BLACK)] * (shapes.FRAMES - 1)]:
         if not segment.is_image:
             sentence = segment.content
             continue
         seen = detect(segment.content)
         right, same = judge_frame(sentence, before, seen), sorted(t.name for t in seen) == actors
-        image, label = full_size(segment.content), sentence.strip() + saw(seen) * (not right)
+        image, label = full_size(segment.content), labelled(sentence.strip(), seen, right)
         verdicts.append(Verdict("frame is as its sentence", image, label, right))
         verdicts.append(Verdict("actors stay the same", image, label, same))
         before, sentence = seen, ""
@@ -406,8 +368,8 @@ TASKS = {
     "text to image": Task("text_to_image", "caption", "captions", "prompts", drawn),
     "understanding": Task("understanding", "question", "questions", "questions", said),
     "differences": Task("difference", "difference", "differences", "questions", said, 0.3),
-    "editing": Task("editing", "edit", "editing", "edits", edited),
-    "in-context editing": Task("in_context", "in context", "in_context", "in_context", edited),
+    "editing": Task("editing", "edit", "editing", "edits", drawn),
+    "in-context editing": Task("in_context", "in context", "in_context", "in_context", drawn),
     "stories": Task("story", "story", "story", "stories", told),
 }
 
