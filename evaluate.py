@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -55,11 +55,12 @@ def dilate(mask: np.ndarray) -> np.ndarray:
     return mask | wide[2:, 1:-1] | wide[:-2, 1:-1] | wide[1:-1, 2:] | wide[1:-1, :-2]
 
 
-def fill(mask: np.ndarray, x: int, y: int) -> np.ndarray:
-    """The connected part of mask (H, W) that a pixel of it lies in."""
-    image = Image.fromarray(mask.astype(np.uint8)).copy()  # one that may be written
-    ImageDraw.floodfill(image, (x, y), 2)
-    return np.asarray(image) == 2
+def flood(seed: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The connected parts of mask (H, W) that seed (H, W) touches."""
+    reached = seed & mask
+    while (more := dilate(reached) & mask).sum() > reached.sum():
+        reached = more
+    return reached
 
 
 def patch(coverage: np.ndarray) -> tuple[np.ndarray, float, float, float]:
@@ -105,11 +106,11 @@ def detect(image: Image.Image) -> list[Thing]:
     along = pixels @ (PALETTE / LENGTHS[:, None]).T  # (H, W, colours)
     colour = along.argmax(-1)
     coverage = (along.max(-1) / LENGTHS[colour]).clip(0, 1)
-    todo = ~fill(np.pad(coverage < 0.5, 1, constant_values=True), 0, 0)[1:-1, 1:-1]  # not outside
-    found = []
+    border = np.pad(np.zeros((shapes.CANVAS - 2,) * 2, bool), 1, constant_values=True)
+    todo, found = ~flood(border, coverage < 0.5), []  # what the outside does not reach
     while todo.any():
-        y, x = np.argwhere(todo)[0].tolist()
-        blob = fill(todo, x, y)
+        first = np.arange(todo.size).reshape(todo.shape) == todo.argmax()
+        blob = flood(first, todo)
         todo &= ~blob
         if blob.sum() >= SPECK:
             inside, around = ~dilate(~blob), dilate(blob)
@@ -390,32 +391,29 @@ def run_task(pipeline: Pipeline, examples: list[Example], task: Task, seed: int,
 
 def wilson(right: int, total: int) -> tuple[float, float]:
     """95% interval of a rate (Wilson's score interval)."""
-    z = 1.96
-    rate, width = right / max(1, total), z * z / max(1, total)
+    z, n = 1.96, max(1, total)
+    rate, width = right / n, z * z / n
     centre = (rate + width / 2) / (1 + width)
-    half = math.sqrt(z * z * rate * (1 - rate) / max(1, total) + width * width / 4) / (1 + width)
+    half = math.sqrt(z * z * rate * (1 - rate) / n + width * width / 4) / (1 + width)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def rate(rights: list[bool]) -> dict:
     right, total = sum(rights), len(rights)
-    share, interval = right / max(1, total), wilson(right, total)
-    return {"right": right, "total": total, "rate": share, "interval": interval}
+    interval = wilson(right, total)
+    return {"right": right, "total": total, "rate": right / max(1, total), "interval": interval}
 
 
 def tally(verdicts: list[Verdict]) -> dict[str, dict]:
     """Rows of a table: right, total, rate, interval by row; "all" leaves UNSEEN out, and reading
     digits, which asks for detail rather than understanding, is left out of a row of its own."""
-    rows = {}
-    for v in verdicts:
-        rows.setdefault(v.row, []).append(v.right)
-    unseen = rows.pop(UNSEEN, None)
-    everything = [right for row in rows.values() for right in row]
+    names = list(dict.fromkeys(v.row for v in verdicts if v.row != UNSEEN))
+    rows = {name: [v.right for v in verdicts if v.row == name] for name in [*names, UNSEEN]}
+    unseen = rows.pop(UNSEEN)
     if "digit" in rows:
-        rows["all but digit"] = [v.right for v in verdicts if v.row != "digit"]
-    rows["all"] = everything
-    if unseen:
-        rows[UNSEEN] = unseen
+        rows["all but digit"] = [v.right for v in verdicts if v.row not in ("digit", UNSEEN)]
+    rows["all"] = [v.right for v in verdicts if v.row != UNSEEN]
+    rows |= {UNSEEN: unseen} if unseen else {}
     return {name: rate(row) for name, row in rows.items()}
 
 
@@ -474,7 +472,18 @@ def contact_sheet(verdicts: list[Verdict], columns: int = 12, lines: int = 8) ->
     return sheet(rows, (3 * width, 3 * height))
 
 
-COUNTS = {"prompts": 500, "questions": 500, "edits": 300, "in_context": 300, "stories": 100}
+FLAGS = {  # type, least, most, default, meaning; how many examples, then how they are answered
+    "prompts": (int, 0, 10**5, 500, "captions to draw; 0 leaves them out, as with all that follow"),
+    "questions": (int, 0, 10**5, 500, "questions, and 0.3 times as many about two pictures"),
+    "edits": (int, 0, 10**5, 300, "edits told in words"),
+    "in_context": (int, 0, 10**5, 300, "edits told by an example pair"),
+    "stories": (int, 0, 10**5, 100, "stories to continue, three frames each"),
+    "batch_size": (int, 1, 4096, 64, "requests answered at a time"),
+    "steps": (int, 1, 1000, None, "DDIM steps"),
+    "cfg_scale": (float, 0, 100, None, "guidance; 1 is none"),
+    "cfg_image": (float, 0, 100, None, "guidance towards a prompt's images"),
+}
+COUNTS = {name: flag[3] for name, flag in list(FLAGS.items())[:5]}
 
 
 def evaluate_shapes(directory: str | Path, seed: int = 1000, counts: dict[str, int] = COUNTS,
@@ -523,37 +532,35 @@ def report(directory: str | Path, folder: Path, count: int = 300) -> str:
 
 def naive_sample(head: DiffusionHead, hidden: Tensor, weights, steps: int, noise: Tensor) -> Tensor:
     """DiffusionHead.sample without its shortcut: the whole head in every step."""
-    batch, contexts, _ = hidden.shape
-    x = noise
+    x, (batch, contexts, _) = noise, hidden.shape
+    weights = torch.tensor(weights, device=x.device)[:, None]  # (G, 1)
     for t, a, b in head.schedule.ddim(steps):
         rows = x.repeat_interleave(contexts, 0)  # (B G, C)
         output = head(rows, torch.full((len(rows),), t, device=x.device), hidden.flatten(0, 1))
-        scales = torch.tensor(weights, device=x.device)[:, None]
-        output = output.unflatten(0, (batch, contexts)) * scales
-        x = a * x + b * output.sum(1)
+        x = a * x + b * (output.unflatten(0, (batch, contexts)) * weights).sum(1)
     return x / head.latent_scale
 
 
-def image_states(model: Orthus, tokens: Tensor, latents: Tensor, cached: bool) -> Tensor:
-    """Hidden states (L, D) of an image fed latent by latent: each run once, or everything again."""
-    mark, weight = torch.full_like(tokens[:, :1], model.config.image_id), model.norm.weight
-    length = tokens.shape[1] + len(latents)
-    cache = KVCache(model.config, 1, length, weight.device, weight.dtype) if cached else None
-    if cached:
-        model(tokens, latents[:0], cache)
-    states = []
-    for n in range(1, len(latents) + 1):
-        row = mark if cached else torch.cat([tokens, mark.expand(1, n)], 1)
-        states.append(model(row, latents[n - 1 if cached else 0 : n], cache)[0, -1])
-    return torch.stack(states)
+def reread(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
+    """Hidden states (L, D) of an image after tokens (1, T), all read again for each latent."""
+    mark = torch.full_like(tokens[:, :1], model.config.image_id)
+    rows = (torch.cat([tokens, mark.expand(1, n + 1)], 1) for n in range(len(latents)))
+    return torch.stack([model(row, latents[: n + 1])[0, -1] for n, row in enumerate(rows)])
+
+
+def read_once(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
+    """The same with a cache, as sampling does it."""
+    length, weight = tokens.shape[1] + len(latents), model.norm.weight
+    cache = KVCache(model.config, 1, length, weight.device, weight.dtype)
+    model(tokens, latents[:0], cache)
+    embedded = model.vision_embedding(latents).to(weight.dtype)  # (L, D)
+    return torch.cat([model.step(x[None], cache) for x in embedded])
 
 
 class Operators(TorchDispatchMode):
     """Counts dispatched operators that are not views."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += not function.is_view
@@ -575,16 +582,22 @@ def operators(device) -> tuple[int, int]:
     return head.count, backbone.count
 
 
+def seconds(run: Callable) -> float:
+    started = time.perf_counter()
+    run()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
+
+
 def start_up(directory: str) -> tuple[float, float]:
     """Seconds of a bare import of PyTorch, and from process start to a picture."""
-    times, program = [], str(Path(__file__).parent / "sample.py")
+    drawing = [str(Path(__file__).parent / "sample.py"), "--prompt", "a red circle"]
     with tempfile.TemporaryDirectory() as folder:
-        drawing = [program, "--checkpoint", directory, "--prompt", "a red circle"]
-        for command in ["-c", "import torch"], [*drawing, "--output", folder]:
-            started = time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, capture_output=True)
-            times.append(time.perf_counter() - started)
-    return times[0], times[1]
+        commands = ["-c", "import torch"], [*drawing, "--checkpoint", directory, "--output", folder]
+        run = functools.partial(subprocess.run, check=True, capture_output=True)
+        bare, whole = (seconds(lambda c=c: run([sys.executable, *c])) for c in commands)
+    return bare, whole
 
 
 @torch.inference_mode()
@@ -592,45 +605,37 @@ def speed(args: argparse.Namespace) -> None:
     """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
     device = pick_device(args.device)
     pipeline = load(args.checkpoint, device)
-    model, config = pipeline.model, pipeline.model.config
-    head = model.image_head
+    model, config, head = pipeline.model, pipeline.model.config, pipeline.model.image_head
     if not isinstance(head, DiffusionHead):
         raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
-    size = config.latents_per_image, config.latent_channels
+    length, channels = config.latents_per_image, config.latent_channels
     rng = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 2, config.hidden_size, generator=rng)
-    hidden = hidden.to(device, model.norm.weight.dtype)
-    noise = torch.randn(1, size[1], generator=rng).to(device)
-    latents = torch.randn(size, generator=rng).to(device)
+    sizes = (1, 2, config.hidden_size), (1, channels), (length, channels)
+    hidden, noise, latents = (torch.randn(size, generator=rng).to(device) for size in sizes)
+    hidden = hidden.to(model.norm.weight.dtype)
     tokens = torch.tensor([[config.bos_id, config.sep_id, config.boi_id]], device=device)
     requests = [Request([Segment("a red circle")], seed) for seed in range(16)]
 
     def pictures(batch_size: int) -> Tensor:
         answers = generate(pipeline, requests, batch_size=batch_size, progress=False)
-        images = (to_tensor(a.images[0], pipeline.vae.config.resolution) for a in answers)
-        return torch.stack(list(images))
+        size = pipeline.vae.config.resolution
+        return torch.stack([to_tensor(a.images[0], size) for a in answers])
 
     rows = {
         "100 DDIM steps, modulations ahead of the loop": (
             lambda: naive_sample(head, hidden, (3.0, -2.0), 100, noise),
             lambda: head.sample(hidden, (3.0, -2.0), 100, noise),
         ),
-        f"{size[0]} latents with the cache": (
-            lambda: image_states(model, tokens, latents, False),
-            lambda: image_states(model, tokens, latents, True),
+        f"{length} latents with the cache": (
+            lambda: reread(model, tokens, latents), lambda: read_once(model, tokens, latents),
         ),
         "16 pictures, 4 in a batch": (lambda: pictures(1), lambda: pictures(4)),
         "16 pictures, 16 in a batch": (lambda: pictures(1), lambda: pictures(16)),
     }
     print(f"{'':48}{'slow s':>9}{'fast s':>9}{'ratio':>8}{'difference':>12}")
     for name, (slow, fast) in rows.items():
-        times = {slow: [], fast: []}
-        for _ in range(args.rounds):
-            for run in (slow, fast):
-                started = time.perf_counter()
-                run().sum().item()  # waits for a GPU
-                times[run].append(time.perf_counter() - started)
-        a, b = min(times[slow]), min(times[fast])
+        times = [(seconds(slow), seconds(fast)) for _ in range(args.rounds)]
+        a, b = map(min, zip(*times, strict=True))
         gap = (slow() - fast()).abs().max().item()
         print(f"{name:48}{a:9.4f}{b:9.4f}{a / b:8.2f}{gap:12.1e}")
     bare, whole = min(start_up(args.checkpoint) for _ in range(args.rounds))
@@ -648,12 +653,11 @@ def run_shapes(args: argparse.Namespace) -> None:
         raise ValueError(f"--json {args.json} is not a file in a folder that exists")
     if args.samples:
         args.samples.mkdir(parents=True, exist_ok=True)
-    given = {name: getattr(args, name) for name in ("batch_size", *GUIDANCE)}
-    options = {name: value for name, value in given.items() if value is not None}
-    counts, device = {name: getattr(args, name) for name in COUNTS}, pick_device(args.device)
+    given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
+    counts, device = {name: given.pop(name) for name in COUNTS}, pick_device(args.device)
     runs = []
     for seed in args.seed or [1000]:
-        run = evaluate_shapes(args.checkpoint, seed, counts, args.samples, device, **options)
+        run = evaluate_shapes(args.checkpoint, seed, counts, args.samples, device, **given)
         print(show(run))
         runs.append(run)
     if len(runs) > 1:
@@ -662,30 +666,12 @@ def run_shapes(args: argparse.Namespace) -> None:
         checkpoint.write_json(args.json, runs[0] if len(runs) == 1 else {"seeds": runs})
 
 
-GUIDANCE = {
-    "steps": (int, 1, 1000, "DDIM steps"),
-    "cfg_scale": (float, 0, 100, "guidance; 1 is none"),
-    "cfg_image": (float, 0, 100, "towards a prompt's images"),
-}
-ASKED = {
-    "prompts": "captions to draw",
-    "questions": "questions to ask, and 0.3 times as many about the difference of two pictures",
-    "edits": "edits told in words",
-    "in_context": "edits told by an example pair",
-    "stories": "stories to continue, three frames each",
-}
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     raw, number = argparse.RawDescriptionHelpFormatter, checkpoint.number
     parser = checkpoint.Parser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=checkpoint.Parser)
-    quality = commands.add_parser(
-        "shapes",
-        help="quality of a model of a Shapes world",
-        description="Quality of a model of a Shapes world, on held-out captions and scenes.",
-        epilog="example: python evaluate.py shapes --samples sheets --json shapes.json",
-    )
+    quality = commands.add_parser("shapes", help="quality of a model of a Shapes world",
+        epilog="example: python evaluate.py shapes --samples sheets --json shapes.json")
     clock = commands.add_parser("speed", help="fast paths beside their slow references, as ratios")
     tiny = str(Path(__file__).parent / "checkpoints" / "tiny")
     for command in (quality, clock):
@@ -696,14 +682,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = quality.add_argument
     add("--seed", type=number(int, 0, 2**31), action="append", metavar="N", help="of the held-out "
         "examples and of sampling; repeat it for a mean and a range (default: 1000)")
-    for name, default in COUNTS.items():
-        help = f"{ASKED[name]}, kinds in turn; 0 leaves them out (default: {default})"
-        add("--" + name.replace("_", "-"), type=number(int, 0, 100_000), default=default,
+    for name, (kind, low, high, default, help) in FLAGS.items():
+        help += "" if default is None else f" (default: {default})"
+        add("--" + name.replace("_", "-"), type=number(kind, low, high), default=default,
             metavar="N", help=help)  # fmt: skip
-    for name, (kind, low, high, help) in GUIDANCE.items():
-        add("--" + name.replace("_", "-"), type=number(kind, low, high), metavar="N", help=help)
-    add("--batch-size", type=number(int, 1, 4096), default=64, metavar="N",
-        help="requests answered at a time (default: 64)")
     add("--json", type=Path, metavar="FILE", help="write the numbers here too")
     add("--samples", type=Path, metavar="DIR", help="save sheets of pictures, labelled with what "
         "was asked, green if right, red if wrong")
@@ -712,9 +694,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    action = {"shapes": run_shapes, "speed": speed}[args.command]
-    interrupted = "interrupted; nothing was reported"
-    checkpoint.command_line("evaluate.py", lambda: action(args), interrupted)
+    action = functools.partial({"shapes": run_shapes, "speed": speed}[args.command], args)
+    checkpoint.command_line("evaluate.py", action, "interrupted; nothing was reported")
 
 
 if __name__ == "__main__":
