@@ -261,8 +261,8 @@ def autoencoder_report(vae: VQVAE, world: Shapes, seed: int, scenes: int) -> dic
             for things, picture in zip(drawn, map(to_image, decoded), strict=True):
                 row["readable"].append(reads(things, detect(picture)))
                 row["digits"] += legible(things, picture)
-    mean = lambda values: float(np.mean(values or [math.nan]))
-    return {kind: {k: mean(v) for k, v in row.items()} for kind, row in rows.items()}
+    return {kind: {name: float(np.mean(values or [math.nan])) for name, values in row.items()}
+            for kind, row in rows.items()}
 
 
 # --- The tasks -----------------------------------------------------------------------------------
@@ -400,8 +400,8 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 def rate(rights: list[bool]) -> dict:
     right, total = sum(rights), len(rights)
-    interval = wilson(right, total)
-    return {"right": right, "total": total, "rate": right / max(1, total), "interval": interval}
+    return {"right": right, "total": total, "rate": right / max(1, total),
+            "interval": wilson(right, total)}  # fmt: skip
 
 
 def tally(verdicts: list[Verdict]) -> dict[str, dict]:
@@ -462,12 +462,12 @@ def over_seeds(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(verdicts: list[Verdict], columns: int = 12, lines: int = 8) -> Image.Image:
+def contact_sheet(verdicts: list[Verdict]) -> Image.Image:
     """The first pictures, enlarged, each with its label: green if right, red if wrong."""
     width, height = verdicts[0].image.size
-    columns = columns * shapes.CANVAS // width
-    shown = verdicts[: columns * lines]
-    cells = [(v.image, v.label, (20, 120, 50) if v.right else (200, 30, 30)) for v in shown]
+    columns = 12 * shapes.CANVAS // width
+    inks = {True: (20, 120, 50), False: (200, 30, 30)}
+    cells = [(v.image, v.label, inks[v.right]) for v in verdicts[: 8 * columns]]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return sheet(rows, (3 * width, 3 * height))
 
@@ -684,8 +684,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "examples and of sampling; repeat it for a mean and a range (default: 1000)")
     for name, (kind, low, high, default, help) in FLAGS.items():
         help += "" if default is None else f" (default: {default})"
-        add("--" + name.replace("_", "-"), type=number(kind, low, high), default=default,
-            metavar="N", help=help)  # fmt: skip
+        flag, kind = "--" + name.replace("_", "-"), number(kind, low, high)
+        add(flag, type=kind, default=default, metavar="N", help=help)
     add("--json", type=Path, metavar="FILE", help="write the numbers here too")
     add("--samples", type=Path, metavar="DIR", help="save sheets of pictures, labelled with what "
         "was asked, green if right, red if wrong")

@@ -307,8 +307,7 @@ class NoiseSchedule:
     """
     def __init__(self, beta_schedule: str, zero_terminal_snr: bool, prediction: str):
         if prediction == "epsilon" and zero_terminal_snr:
-            raise ValueError("prediction 'epsilon' with zero_terminal_snr divides by zero at "
-                             "t = 999; use prediction 'velocity' or zero_terminal_snr False")
+            raise ValueError("prediction 'epsilon' at t = 999 is infinite with zero_terminal_snr")
         self.prediction = prediction
         if beta_schedule == "scaled_linear":
             betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
@@ -430,10 +429,7 @@ class FinalLayer(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """Predicts a latent by diffusion, conditioned on the hidden state before it (eq. 3, 5.1).
-
-    Latents are scaled by latent_scale here and nowhere else.
-    """
+    """Predicts a latent by diffusion, given the hidden state before it (eq. 3, section 5.1)."""
     hoisted_rows = 4096  # of modulations held at once, 11 W numbers each: bounds the memory
 
     def __init__(self, config: OrthusConfig, model: "Orthus | None" = None):
@@ -639,8 +635,7 @@ class Orthus(nn.Module):
     def transformer(self, x: Tensor, visible: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings (B, T, D), visible (B, T) -> hidden (B, T, D) after the final norm.
 
-        Positions that are not visible are seen by no other and take no position. With a cache, the
-        T positions follow those already in it.
+        What is not visible is seen by no other position. With a cache, these T follow those in it.
         """
         if cache is None:
             slots, seen = torch.arange(x.shape[1], device=x.device).expand(len(x), -1), visible

@@ -63,15 +63,13 @@ Scene = list[Thing]
 
 
 def with_article(name: str) -> str:
-    return f"{'an' if name[:1] in tuple('aeiou') else 'a'} {name}"
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def outline(thing: Thing) -> list[tuple[float, float]]:
     """Corners of a polygonal thing, in pixels, y pointing down."""
-    if thing.shape == "star":
-        radii = [thing.reach, 0.52 * thing.r] * 5
-    else:
-        radii = [thing.reach] * {"square": 4, "triangle": 3}[thing.shape]
+    outer, inner = [thing.reach], [0.52 * thing.r]
+    radii = {"square": outer * 4, "triangle": outer * 3, "star": (outer + inner) * 5}[thing.shape]
     first = -math.pi / 4 if thing.shape == "square" else -math.pi / 2  # axis-aligned / one point up
     angles = [first + thing.angle + 2 * math.pi * i / len(radii) for i in range(len(radii))]
     corners = zip(radii, angles, strict=True)
@@ -80,17 +78,17 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
 
 def render(things: Scene) -> Image.Image:
     """Draw a scene at four times its size and box-filter it down: 64 x 64 RGB, anti-aliased."""
-    k = OVERSAMPLE
-    image = Image.new("RGB", (CANVAS * k, CANVAS * k), BACKGROUND)
+    image = Image.new("RGB", (CANVAS * OVERSAMPLE,) * 2, BACKGROUND)
     draw = ImageDraw.Draw(image)
     for t in things:
         if t.shape == "circle":
-            box = [(t.x - t.r) * k, (t.y - t.r) * k, (t.x + t.r) * k, (t.y + t.r) * k]
-            draw.ellipse(box, fill=t.rgb)
+            box = t.x - t.r, t.y - t.r, t.x + t.r, t.y + t.r
+            draw.ellipse([v * OVERSAMPLE for v in box], fill=t.rgb)
         else:
-            draw.polygon([(x * k, y * k) for x, y in outline(t)], fill=t.rgb)
+            draw.polygon([v * OVERSAMPLE for corner in outline(t) for v in corner], fill=t.rgb)
         if t.digit is not None:
-            draw.text((t.x * k, t.y * k), str(t.digit), "white", FONT, anchor="mm")
+            centre = t.x * OVERSAMPLE, t.y * OVERSAMPLE
+            draw.text(centre, str(t.digit), "white", FONT, anchor="mm")
     return image.resize((CANVAS, CANVAS), Image.Resampling.BOX)
 
 
@@ -326,10 +324,6 @@ class Edit:
     colour: str = ""  # new, or of the new thing
 
     @property
-    def unseen(self) -> bool:
-        return (self.colour, self.shape) in UNSEEN
-
-    @property
     def instruction(self) -> str:
         name = with_article(f"{self.colour} {self.shape}")
         return {"recolour": f"Make the {self.shape} {self.colour}.",
@@ -358,10 +352,9 @@ def story_moves(scene: Scene) -> list[tuple[str, Scene]]:
     for i, actor in enumerate(scene):
         others = scene[:i] + scene[i + 1 :]
         for way, (dx, dy) in MOVES.items():
-            moved = replace(actor, x=actor.x + STRIDE * dx, y=actor.y + STRIDE * dy)
-            if fits(moved.x, moved.y, moved.reach, others):
-                sentence = f"The {actor.name} moves {way}."
-                moves.append((sentence, [*scene[:i], moved, *scene[i + 1 :]]))
+            new = replace(actor, x=actor.x + STRIDE * dx, y=actor.y + STRIDE * dy)
+            if fits(new.x, new.y, new.reach, others):
+                moves.append((f"The {actor.name} moves {way}.", [*scene[:i], new, *scene[i + 1 :]]))
     return moves
 
 
@@ -396,17 +389,14 @@ class Shapes:
             if self.allow_unseen or pair not in UNSEEN:
                 return pair
 
-    def some_things(self, rng: random.Random) -> Scene:
-        """One to max_objects things of any kind."""
-        return self.things(rng, rng.randint(1, self.config.max_objects))
-
-    def things(self, rng: random.Random, number: int) -> Scene:
+    def things(self, rng: random.Random, least: int = 1) -> Scene:
+        """So many things, up to max_objects, of any kind."""
+        number = rng.randint(least, self.config.max_objects)
         return place([self.pick(rng) for _ in range(number)], rng)
 
     def random_scene(self, rng: random.Random) -> Scene:
-        """min_objects to max_objects things, a share of the large ones with digits."""
-        number = rng.randint(self.config.min_objects, self.config.max_objects)
-        return write_digits(self.things(rng, number), rng, self.config.digits)
+        """A scene of no task, a share of the large things with digits."""
+        return write_digits(self.things(rng, self.config.min_objects), rng, self.config.digits)
 
     def image(self, rng: random.Random, kind: str = "image") -> Example:
         things = self.random_scene(rng)
@@ -452,7 +442,7 @@ class Shapes:
             if len(asked) == turns:
                 break
             pair = ASK[weighted_choice(rng, config.questions)](rng, things, config)
-            if pair is not None and pair not in asked:  # again, it could be copied
+            if pair not in (None, *asked):  # asked again, it could be copied
                 asked.append(pair)
         segments = [picture(things)]
         for question, answer in asked:
@@ -470,19 +460,19 @@ class Shapes:
 
     def editing(self, rng: random.Random, kind: str) -> Example:
         """A scene and an instruction; to draw: the scene with this one change."""
-        while not (found := self.edit(rng, things := self.some_things(rng), kind)):
+        while not (found := self.edit(rng, things := self.things(rng), kind)):
             pass
         edit, after = found
         segments = [picture(things), Segment(edit.instruction), picture(after, output=True)]
-        return Example("editing", kind, segments, after, edit.unseen, things)
+        unseen = (edit.colour, edit.shape) in UNSEEN
+        return Example("editing", kind, segments, after, unseen, things)
 
     def difference(self, rng: random.Random, kind: str) -> Example:
         """An edit told backwards: the scene before and after it, and what was done."""
         edit = self.editing(rng, kind)
-        before, instruction, after = edit.segments
+        before, told, after = edit.segments
         segments = [before, replace(after, output=False), Segment("What changed?")]
-        segments.append(replace(instruction, output=True))
-        return replace(edit, task="difference", segments=segments)
+        return replace(edit, task="difference", segments=[*segments, replace(told, output=True)])
 
     def in_context(self, rng: random.Random, kind: str) -> Example:
         """A scene, the same after an edit, another scene; to draw: the same edit of the other one.
@@ -491,7 +481,7 @@ class Shapes:
         has the colour that it had.
         """
         while True:
-            things, other = self.some_things(rng), self.some_things(rng)
+            things, other = self.things(rng), self.things(rng)
             found = self.edit(rng, things, kind)
             if not found or not (answer := found[0].apply(other, rng, self.config.max_objects)):
                 continue
@@ -499,9 +489,9 @@ class Shapes:
             old = {t.colour for t in things if t.shape == edit.shape}
             if kind != "add" and any(t.colour in old and t.shape != edit.shape for t in other):
                 continue
-            segments = [picture(scene) for scene in (things, after, other)]
-            segments.append(picture(answer, output=True))
-            return Example("in_context", kind, segments, answer, edit.unseen, other)
+            unseen = (edit.colour, edit.shape) in UNSEEN
+            segments = [*map(picture, (things, after, other)), picture(answer, output=True)]
+            return Example("in_context", kind, segments, answer, unseen, other)
 
     def story(self, rng: random.Random, kind: str = "story") -> Example:
         """Two actors meet; in each further sentence and frame one of them moves by STRIDE."""
@@ -519,12 +509,9 @@ class Shapes:
         return Example("story", kind, segments, scene, unseen, start)
 
 
-# --- For the tokenizer ---------------------------------------------------------------------------
-
-
 @functools.cache
 def shapes_texts(config: ShapesConfig | None = None) -> list[str]:
-    """What a Shapes world may say, the unseen combinations too."""
+    """What a Shapes world may say, the unseen combinations too: what a tokenizer learns from."""
     world = Shapes(0, config, allow_unseen=True)
     said = (segment.content for i in range(4000) for segment in world.example(i))
     return [*(text for text in said if isinstance(text, str)), "Generate an image.", *"0123456789"]
