@@ -399,9 +399,8 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def rate(rights: list[bool]) -> dict:
-    right, total = sum(rights), len(rights)
-    return {"right": right, "total": total, "rate": right / max(1, total),
-            "interval": wilson(right, total)}  # fmt: skip
+    right, total, interval = sum(rights), len(rights), wilson(sum(rights), len(rights))
+    return {"right": right, "total": total, "rate": right / max(1, total), "interval": interval}
 
 
 def tally(verdicts: list[Verdict]) -> dict[str, dict]:
@@ -443,10 +442,10 @@ def show(results: dict) -> str:
         for name, row in rows.items():
             if name == "psnr elsewhere":
                 lines.append(f"  {name:22}{row:23.2f} dB")
-                continue
-            low, high = row["interval"]
-            counts = f"{row['right']:8}{row['total']:8}{row['rate']:10.1%}"
-            lines.append(f"  {name:22}{counts}   {low:.1%} to {high:.1%}")
+            else:
+                counts = f"{row['right']:8}{row['total']:8}{row['rate']:10.1%}"
+                low, high = row["interval"]
+                lines.append(f"  {name:22}{counts}   {low:.1%} to {high:.1%}")
     return "\n".join(lines)
 
 
@@ -639,10 +638,10 @@ def speed(args: argparse.Namespace) -> None:
         gap = (slow() - fast()).abs().max().item()
         print(f"{name:48}{a:9.4f}{b:9.4f}{a / b:8.2f}{gap:12.1e}")
     bare, whole = min(start_up(args.checkpoint) for _ in range(args.rounds))
-    print(f"{'import torch, and process start to a picture':48}{bare:9.2f}{whole:9.2f}"
-          f"{whole / bare:8.2f}")
-    counts = operators(device)
-    print(f"{'operators of a latent, width 512: head, 8 layers':48}{counts[0]:9}{counts[1]:9}")
+    ratio = whole / bare
+    print(f"{'import torch, and process start to a picture':48}{bare:9.2f}{whole:9.2f}{ratio:8.2f}")
+    a, b = operators(device)
+    print(f"{'operators of a latent, width 512: head, 8 layers':48}{a:9}{b:9}")
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -657,9 +656,8 @@ def run_shapes(args: argparse.Namespace) -> None:
     counts, device = {name: given.pop(name) for name in COUNTS}, pick_device(args.device)
     runs = []
     for seed in args.seed or [1000]:
-        run = evaluate_shapes(args.checkpoint, seed, counts, args.samples, device, **given)
-        print(show(run))
-        runs.append(run)
+        runs.append(evaluate_shapes(args.checkpoint, seed, counts, args.samples, device, **given))
+        print(show(runs[-1]))
     if len(runs) > 1:
         print("\n" + over_seeds(runs))
     if args.json:
