@@ -424,7 +424,7 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
     codes = range(own.image_code_start, own.image_code_start + own.num_codes)
     words = data.Tokenizer(tokenizer, own.image_id + 1, own.unk_id, reserved | {*codes})
 
-    def losses(micro: MicroBatch, step: int, generator) -> dict[str, Tensor]:
+    def losses(micro: MicroBatch, step: int, generator, levels=(0, 1000)) -> dict[str, Tensor]:
         latents = micro.images
         if latents.ndim == 4:
             with torch.no_grad():
@@ -433,7 +433,8 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
         is_output = micro.labels[micro.tokens == own.image_id] == own.image_id  # (N,)
         noise = config.input_noise * latents.std() * randn(latents.shape, latents, generator)
         read = latents + noise * is_output[:, None] if config.input_noise else latents
-        loss = model.loss(micro.tokens, read, micro.labels, generator, latents, micro.shares)
+        loss = model.loss(micro.tokens, read, micro.labels, generator, latents, micro.shares,
+                          levels)  # fmt: skip
         parts = {"loss": loss.total, "text": loss.text, "image": loss.image}
         if own.vision_embedding == "softmax":  # how many codes a latent mixes (eq. 4)
             with torch.no_grad():
