@@ -41,7 +41,7 @@ FLAGS = {
     "decoder": "",
     "chameleon": "",
     "base": "",
-    "posttrain": "--steps 800 --batch-size 32 --pictures-every 0",
+    "posttrain": "--steps 500 --batch-size 32 --pictures-every 0",
 }
 START = ["vae", "decoder", "chameleon"]
 UNDERSTANDING = "--tasks understanding=1 --batch-size 16"  # half of the mixture: as many questions
@@ -172,25 +172,29 @@ def measure(run: str, seed: int, count: int) -> dict:
 def run_arms(names: list[str], seeds: range, count: int, threads: int) -> None:
     """Train and measure what results.json does not hold yet."""
     RESULTS.parent.mkdir(exist_ok=True)
-    results = checkpoint.read_json(RESULTS) if RESULTS.is_file() else {}
-    todo = [(n, s) for s in seeds for n in names if str(s) not in results.get(n, {})]
-    started = time.time()
-    for number, (name, seed) in enumerate(todo):
-        began = time.time()
+    todo, began = [(name, seed) for seed in seeds for name in names], time.time()
+    todo = [(name, seed) for name, seed in todo if str(seed) not in read_results().get(name, {})]
+    for number, (name, seed) in enumerate(todo, 1):
+        started = time.time()
         start = train_arm(RUNS / "start", START, "", 0, threads)
         init = "" if ARMS[name] and ARMS[name][0].startswith("vae") else start
         run = train_arm(RUNS / name / str(seed), ARMS[name], init, seed, threads)
         record = measure(run, seed, count) | {
             "commands": ARMS[name],
-            "minutes": round((time.time() - began) / 60, 1),
+            "minutes": round((time.time() - started) / 60, 1),
             "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE,
                                      capture_output=True, text=True).stdout.strip(),
         }  # fmt: skip
+        results = read_results()  # again: two runs of other arms may share the file
         results.setdefault(name, {})[str(seed)] = record
         checkpoint.write_json(RESULTS, results)
-        left = (time.time() - started) / (number + 1) * (len(todo) - number - 1) / 60
-        tqdm.write(f"arm {number + 1} of {len(todo)}: {name}, seed {seed}, "
+        left = (time.time() - began) / number * (len(todo) - number) / 60
+        tqdm.write(f"arm {number} of {len(todo)}: {name}, seed {seed}, "
                    f"{record['minutes']} minutes; about {left:.0f} left")  # fmt: skip
+
+
+def read_results() -> dict:
+    return checkpoint.read_json(RESULTS) if RESULTS.is_file() else {}
 
 
 # --- Comparisons ---------------------------------------------------------------------------------
@@ -280,8 +284,12 @@ def write_page(results: dict) -> None:
 
 
 def draw(results: dict) -> None:
-    """Every difference with its interval, as experiments/differences.png."""
-    from matplotlib import pyplot
+    """Every difference with its interval, as experiments/differences.png, where matplotlib is."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no picture of the differences: pip install matplotlib")
+        return
 
     rows = [row for row in comparisons(results) if row[2] in (IMAGES, TEXT)][::-1]
     figure, axis = pyplot.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
@@ -311,7 +319,7 @@ def run(args: argparse.Namespace) -> None:
     chosen = [e for name, e in EXPERIMENTS.items() if not args.only or name in args.only]
     names = list(dict.fromkeys(n for e in chosen for n in (e.arm, *(o for o, _ in e.others))))
     run_arms(names, range(args.seeds), args.count, args.threads)
-    results = checkpoint.read_json(RESULTS)
+    results = read_results()
     write_page(results)
     draw(results)
     print(page(results))
