@@ -19,6 +19,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -46,24 +47,25 @@ def within(default, low: float, high: float, help: str = ""):
     return field(default=default, metadata={"low": low, "high": high, "help": help})
 
 
-def problem(value, hint, low: float | None, high: float | None) -> str:
-    """What is wanted instead of a value, "" where it fits its annotation and range."""
+def problem(value, hint, low: float | None = None, high: float | None = None) -> str:
+    """What is wanted instead of a value, "" where it fits its annotation and range (without one: 1
+    to 2**24, above zero for a float)."""
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in (types.UnionType, typing.Union):
         return "" if value is None else problem(value, inner[0], low, high)
     if kind is typing.Literal:
         return "" if value in inner else "want " + " or ".join(map(repr, inner))
     if kind in (list, tuple, dict):
-        wanted = {list: list, tuple: (tuple, list), dict: dict}[kind]
-        if not isinstance(value, wanted) or (kind is tuple and not value):
+        is_tuple = kind is tuple  # which is never empty
+        if not isinstance(value, (tuple, list) if is_tuple else kind) or (is_tuple and not value):
             return f"want a {kind.__name__}"
-        items = value.values() if isinstance(value, dict) else value
-        of = next((hint for hint in reversed(inner) if hint is not Ellipsis), object)
+        items = value.values() if kind is dict else value
+        of = ([i for i in inner if i is not Ellipsis] or [object])[-1]
         return next((p for v in items if (p := problem(v, of, low, high))), "")
-    if kind is str and isinstance(value, str) and not value.isprintable():
-        return "want text" if any("\ud800" <= letter <= "\udfff" for letter in value) else ""
     if kind not in (int, float):
-        return "" if isinstance(value, kind) else f"want {kind.__name__}"
+        surrogate = kind is str and isinstance(value, str) and re.search("[\ud800-\udfff]", value)
+        name = "text in UTF-8" if kind is str else kind.__name__
+        return "" if isinstance(value, kind) and not surrogate else f"want {name}"
     low = (1 if kind is int else math.ulp(0.0)) if low is None else low
     high = 2**24 if high is None else high
     is_number = isinstance(value, int if kind is int else (int, float)) and type(value) is not bool
@@ -73,7 +75,7 @@ def problem(value, hint, low: float | None, high: float | None) -> str:
 
 def check_fields(config) -> None:
     """Raise ValueError with every field of a dataclass whose value is not of its type, or not
-    within its range (without one: 1 to 2**24, above zero for a float). Lists become tuples."""
+    within its range. Lists become tuples where these are wanted."""
     hints, problems = typing.get_type_hints(type(config)), []
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
@@ -87,14 +89,13 @@ def check_fields(config) -> None:
 
 def build(kind: type, fields: dict, source):
     """A config dataclass from what a file says; what does not fit raises ValueError."""
-    known = [f.name for f in dataclasses.fields(kind)]
-    needed = {f.name for f in dataclasses.fields(kind)
-              if f.default is f.default_factory is dataclasses.MISSING}  # fmt: skip
+    known = {f.name: f.default is f.default_factory is dataclasses.MISSING
+             for f in dataclasses.fields(kind)}  # and whether it is needed  # fmt: skip
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"it is {fields!r:.60}; want an object with {', '.join(known)}")
         wrong = [f"it has {name!r:.40}" for name in fields if name not in known]
-        wrong += [f"it lacks {name!r}" for name in known if name in needed - fields.keys()]
+        wrong += [f"it lacks {name!r}" for name in known if known[name] and name not in fields]
         if wrong:
             raise ValueError(f"{'; '.join(wrong)}; want {', '.join(known)}")
         return kind(**fields)
@@ -115,44 +116,35 @@ def parse_json(text: str, source):
 def read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} is missing, or no file; is the checkpoint half-written?")
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"), path)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not valid JSON (no UTF-8); is it half-written?") from None
+    content = parse_json(path.read_text(encoding="utf-8", errors="surrogateescape"), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {content!r:.40}, not an object with named entries")
     return content
 
 
-def read_safetensors(path: Path) -> Tensors:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; a checkpoint directory needs it")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
-
-
 def read_tensors(path: Path) -> Tensors:
     """All tensors of a safetensors file, or of its shards where it has an index; memory-mapped."""
-    index = path.with_name(path.name + ".index.json")
-    if path.is_file() or not index.is_file():
-        return read_safetensors(path)
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-        raise ValueError(f"{index} has no weight_map from the names of tensors to those of files")
-    names = sorted(set(files.values()))
-    if outside := [n for n in names if n != Path(n).name or n in ("", "..")]:
-        raise ValueError(f"{index} names files outside its directory: {', '.join(outside)}")
-    if missing := [n for n in names if not (path.parent / n).is_file()]:
-        raise ValueError(f"{path.parent} lacks shards that its index names: {', '.join(missing)}")
-    shards = {n: read_safetensors(path.parent / n) for n in names}
-    found = {(key, n) for n, shard in shards.items() for key in shard}
-    problems = [f"{n} lacks {key}" for key, n in sorted(files.items() - found)]
-    problems += [f"{n} holds {key}, which is not its" for key, n in sorted(found - files.items())]
-    if problems:
-        raise ValueError(f"{index} does not fit its shards: " + "; ".join(problems))
-    return {key: shards[n][key] for key, n in files.items()}
+    index, files, names = path.with_name(path.name + ".index.json"), None, [path.name]
+    if index.is_file() and not path.is_file():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+            raise ValueError(f"{index} has no weight_map from names of tensors to those of files")
+        names = sorted(set(files.values()))
+        if outside := [n for n in names if n != Path(n).name or n in ("", "..")]:
+            raise ValueError(f"{index} names files outside its directory: {', '.join(outside)}")
+    shards = {}
+    for file in map(path.with_name, names):
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; a checkpoint directory needs it")
+        try:
+            shards[file.name] = load_file(file)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error})") from None
+    found = {(key, name) for name, shard in shards.items() for key in shard}
+    if files is not None and (wrong := sorted(found ^ files.items())):
+        named = ", ".join(f"{key} in {name}" for key, name in wrong)
+        raise ValueError(f"{index} and its shards differ: {named}")
+    return {key: shards[name][key] for key, name in sorted(found)}
 
 
 @dataclass
@@ -194,11 +186,10 @@ def open_checkpoint(directory: "str | Path | Checkpoint") -> Checkpoint:
     if not directory.exists():
         raise ValueError(f"checkpoint {directory} does not exist; give a directory that holds one")
     if (directory / "run.json").is_file() and not (directory / CONFIG).is_file():
-        saves = {int(path.name[5:]): path for path in directory.glob("step-*")
-                 if path.name[5:].isdigit()}  # fmt: skip
+        saves = [path for path in directory.glob("step-*") if path.name[5:].isdigit()]
         if not saves:
             raise ValueError(f"the run {directory} has saved nothing yet; let it go on")
-        directory = saves[max(saves)]
+        directory = max(saves, key=lambda path: int(path.name[5:]))
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
     if not any(isinstance(config.get(name), dict) for name in ("model", "vae")):
         import released  # here, since it imports this file, and only others' layouts need it
@@ -206,10 +197,7 @@ def open_checkpoint(directory: "str | Path | Checkpoint") -> Checkpoint:
         return released.open_released(directory, config)
     files = {"model": MODEL, "vae": VAE}
     found = [directory / name for name in TOKENIZERS if (directory / name).is_file()]
-
-    def read(name: str) -> Tensors:
-        return read_tensors(directory / files[name])
-
+    read = lambda name: read_tensors(directory / files[name])
     return Checkpoint(directory, config, read, found[0] if found else None)
 
 
@@ -241,11 +229,6 @@ def load(make: Callable[[], nn.Module], layers: int, source: Checkpoint, name: s
     return module
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are. A finite sum says so, 25 times as fast as looking at each."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
-
-
 def assign(module: nn.Module, tensors: Tensors, source, device="cpu", dtype=None) -> None:
     """Make `tensors` the parameters of `module`, which was built on the meta device.
 
@@ -253,19 +236,20 @@ def assign(module: nn.Module, tensors: Tensors, source, device="cpu", dtype=None
     that are not finite raise one ValueError with all of them. Of more than SMALL bytes only norms
     are read for that. Tensors are assigned, not copied, and cast only where dtype is given.
     """
-    wanted = {name: tuple(p.shape) for name, p in module.state_dict().items()}
-    got = {name: tuple(t.shape) for name, t in tensors.items()}
-    problems = [f"missing {name} {list(wanted[name])}" for name in wanted if name not in got]
-    problems += [f"unexpected {name} {list(got[name])}" for name in got if name not in wanted]
+    wanted = {name: list(p.shape) for name, p in module.state_dict().items()}
+    problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in tensors]
     small = sum(t.nbytes for t in tensors.values()) < SMALL
-    for name in (name for name in wanted if name in got):
-        if wanted[name] != got[name]:
-            shape = list(wanted[name])
-            problems.append(f"{name} has shape {list(got[name])}, the config asks for {shape}")
-        elif tensors[name].dtype not in FLOATS:
-            problems.append(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
-        elif (small or "norm" in name or "in_ln" in name) and not is_finite(tensors[name]):
-            problems.append(f"{name} holds numbers that are not finite")
+    for name, t in tensors.items():
+        if name not in wanted:
+            problems.append(f"unexpected {name} {list(t.shape)}")
+        elif wanted[name] != list(t.shape):
+            problems.append(f"{name} has shape {list(t.shape)}, the config asks for {wanted[name]}")
+        elif t.dtype not in FLOATS:
+            problems.append(f"{name} holds {t.dtype}, not floating-point numbers")
+        elif small or "norm" in name or "in_ln" in name:
+            # a finite sum says that all are, 25 times as fast as looking at each
+            if not (t.sum(dtype=torch.float32).isfinite() or t.isfinite().all()):
+                problems.append(f"{name} holds numbers that are not finite")
     if problems:
         raise ValueError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
     tensors = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
@@ -283,25 +267,20 @@ def whole_file(path: Path, keep: bool = False) -> Iterator:
     OSError with the file's name, also where the disk is full.
     """
     part = path.with_name(path.name + ".part")
-    done = False
     try:
         part.unlink(missing_ok=True)
         with open(part, "xb") as file:
-            try:
-                yield file
-                done = True
-            finally:
-                file.flush()
-                os.fsync(file.fileno())
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
     except (OSError, SafetensorError, RuntimeError) as error:
         if getattr(error, "filename", None) not in (None, str(part)):
             raise
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise OSError(f"{path} cannot be written ({reason})") from None
     finally:
-        if done:
-            os.replace(part, path)
-        elif not keep:
+        if not keep:
             part.unlink(missing_ok=True)
 
 
@@ -369,7 +348,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
-def number(kind: type, low: float, high: float):
+def number(kind: type, low: float | None = None, high: float | None = None):
     """An argparse type: a number from low to high."""
 
     def parse(text: str):
@@ -377,8 +356,8 @@ def number(kind: type, low: float, high: float):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
+        if wanted := problem(value, kind, low, high):
+            raise argparse.ArgumentTypeError(f"it is {text}; {wanted}")
         return value
 
     return parse
@@ -398,26 +377,25 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, names=None) -> None:
     is not given is None."""
     hints = typing.get_type_hints(kind)
     for f in dataclasses.fields(kind):
-        hint, help = hints[f.name], f.metadata.get("help", "")
         if names is not None and f.name not in names:
             continue
-        flag, inner = "--" + f.name.replace("_", "-"), typing.get_args(hint)
-        origin = typing.get_origin(hint)
-        if origin in (types.UnionType, typing.Union):
-            hint, origin, inner = inner[0], typing.get_origin(inner[0]), typing.get_args(inner[0])
+        hint = hints[f.name]
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
+            hint = typing.get_args(hint)[0]  # or None
+        origin, inner = typing.get_origin(hint), typing.get_args(hint)
         more = {"metavar": f.name.rpartition("_")[2].upper()}
         if hint is bool:
             more = {"action": argparse.BooleanOptionalAction}
         elif origin is typing.Literal:
-            more = {"choices": typing.get_args(hint)}
+            more = {"choices": inner}
         elif origin is dict:
             more |= {"type": weights}
         elif hint in (int, float):
-            low = f.metadata.get("low", 1 if hint is int else math.ulp(0.0))
-            more |= {"type": number(hint, low, f.metadata.get("high", 2**24))}
+            more |= {"type": number(hint, f.metadata.get("low"), f.metadata.get("high"))}
         elif origin is tuple:
             more = {"type": inner[0], "nargs": "+" if ... in inner else len(inner), "metavar": "X"}
-        parser.add_argument(flag, default=None, help=help, **more)
+        help = f.metadata.get("help", "")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=help, **more)
 
 
 def command_line(prog: str, action: Callable[[], None], interrupted: str = "interrupted") -> None:

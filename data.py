@@ -7,20 +7,27 @@ Segments are laid out as one sequence of tokens and labels (layout), sequences a
     an image is <boi> <image> x L <eoi>: one placeholder per latent
 
 A dataset is anything with `example(index) -> list[Segment]`: what is to be learned has output=True.
-It may have a length; without one it is endless. shapes.Shapes is one.
-Reading order: Segment, layout, batches, then text, images in, images out.
+It may have a length; without one it is endless. shapes.Shapes is one, users' own files (Files) are
+another. Reading order: Segment, layout, batches, then text, images in, images out, own files.
 """
 
+import contextlib
+import hashlib
 import io
+import json
+import os
+import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
 import checkpoint
 from orthus import OrthusConfig
@@ -207,8 +214,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
 MOST_PIXELS = 89_000_000  # of a file; Pillow warns above, and a phone's largest photo has fewer
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """An image file, turned as its Exif data say. Raises ValueError, in one line, with its name."""
+def open_image(path: str | Path, header: bool = False) -> Image.Image:
+    """An image file, turned as its Exif data say. Raises ValueError, in one line, with its name.
+
+    header: its pixels are not read, which is fast, and an animation is refused.
+    """
     try:
         if not Path(path).is_file():  # a pipe or a device would be waited for
             raise ValueError("it is not a file; give a PNG or JPEG")
@@ -218,15 +228,20 @@ def open_image(path: str | Path) -> Image.Image:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, too many")
             if image.mode in ("I", "F"):
                 raise ValueError(f"its mode is {image.mode}, want 8 or 16 bits a channel")
+            if header:  # a phone's photo may hold a second picture (MPO): that is no animation
+                if getattr(image, "is_animated", False) and image.format != "MPO":
+                    raise ValueError("it is animated; give one of its frames")
+                return image
             image.load()
             try:
                 return ImageOps.exif_transpose(image)  # photos may be stored turned
             except (SyntaxError, ValueError, TypeError, KeyError):  # broken Exif data
                 return image.copy()
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"image {path} cannot be read ({error}); give a PNG or JPEG") from None
-    except (OSError, ValueError, MemoryError) as error:
-        raise ValueError(f"image {path} cannot be read ({error})") from None
+        why = f"{error}; give a PNG or JPEG"
+    except Exception as error:  # Pillow's readers of damaged files raise many kinds
+        why = error
+    raise ValueError(f"image {str(path)!r} cannot be read ({why})")
 
 
 def check_image(path: str | Path) -> Path:
@@ -339,3 +354,240 @@ def captioned(segments: list[Segment]) -> list[Cell]:
 
 def enlarge(image: Image.Image, scale: int) -> Image.Image:
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+
+
+# --- Users' own files ----------------------------------------------------------------------------
+
+
+class Files:
+    """A dataset of conversations in files. Each is the folder of its images and the JSON of its
+    segments, [[text or image, is it an image, is it output]]: small, and what its hash is of."""
+
+    def __init__(self, rows: list[tuple[Path, str]], resolution: int):
+        self.rows, self.resolution, self.broken = rows, resolution, set()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def example(self, index: int) -> list[Segment]:
+        """Example `index`, counted round and round, its images brought to the resolution: a batch
+        of photos as they are may fill the memory. Where an image can no longer be read, the example
+        after it stands in, and one line says so."""
+        for number in range(index, index + len(self)):
+            folder, text = self.rows[number % len(self)]
+            try:
+                return [Segment(to_image(to_tensor(folder / content, self.resolution))
+                                if is_image else content, output)
+                        for content, is_image, output in json.loads(text)]  # fmt: skip
+            except (ValueError, OSError, MemoryError) as error:
+                if number % len(self) not in self.broken:  # once in each data process
+                    self.broken.add(number % len(self))
+                    tqdm.write(f"warning: {error}; another example takes its place")
+        raise ValueError("no image of the data can be read any more; is their disk still there?")
+
+    def texts(self) -> list[str]:
+        return [c for _, text in self.rows for c, is_image, _ in json.loads(text) if not is_image]
+
+
+def open_dataset(paths: list[str], resolution: int, format: str | None = None,
+                 images: str | None = None, strict: bool = False,
+                 share: float = 0.05) -> tuple[Files, Files]:
+    """Files in any of FORMATS -> the examples to train on, and the `share` that is held out.
+
+    jsonl            a conversation a line, its images named from the file's own folder:
+                     {"segments": [{"image": "a.png"}, {"text": "What is this?"},
+                                   {"text": "a rabbit", "output": true}]}
+    captions         a folder of pictures, each with its caption in a .txt of the same name
+    llava            LLaVA-1.5's JSON: human asks, gpt answers, <image> is where the image stands
+    instructpix2pix  a folder of folders, each with prompt.json and its {seed}_0.jpg, {seed}_1.jpg
+    storystream      StoryStream's jsonl: stories in chunks of FRAMES; the first frame is given
+
+    The format is what a path looks like, or `format`. images: the folder that images are named
+    from. Every row is looked at, of images the header. What cannot be used is skipped, and told in
+    one line for each reason; strict: the first raises. Held out is by hash of what an example says,
+    so it stays on its side when others come, and so does its copy; one at least is on each side (a
+    single one is on both). Raises ValueError where a path is nothing of this.
+    """
+    if format not in (None, *FORMATS):
+        raise ValueError(f"format {format!r} is unknown; give one of {', '.join(FORMATS)}")
+    if images is not None and not os.path.isdir(images):
+        raise ValueError(f"images {images!r} is no folder; give the one that images are named from")
+    rows = []
+    for name in paths:
+        if not os.path.isdir(name) and not os.path.isfile(name):  # a pipe would be waited for
+            raise ValueError(f"data {name!r} is no file and no folder; give a path that is one")
+        path = Path(name)
+        kind = format or recognise(path)
+        if path.is_dir() != (kind in FOLDERS):
+            wanted = "folder" if kind in FOLDERS else "file"
+            raise ValueError(f"data {name!r} is no {wanted}; format {kind} wants one")
+        folder = Path(images) if images else path if kind in FOLDERS else path.parent
+        rows += [(folder, text) for text in check_rows(path, kind, folder, strict)]
+    numbers = [int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) for _, text in rows]
+    limit = min(max(share * 2**64, min(numbers) + 1), max(numbers))
+    train, held_out = ([row for row, n in zip(rows, numbers, strict=True) if (n < limit) == side]
+                       for side in (False, True))  # fmt: skip
+    tqdm.write(f"{len(train)} examples to train on, {len(held_out or train)} held out")
+    return Files(train, resolution), Files(held_out or train, resolution)
+
+
+def recognise(path: Path) -> str:
+    """Which of FORMATS a file or folder is in. Raises ValueError where it is in none."""
+    if path.is_dir():
+        return "instructpix2pix" if any(path.glob("*/prompt.json")) else "captions"
+    with open(path, "rb") as file:
+        if file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            return "llava"
+    for _, line in read_rows(path, "jsonl", path.parent):
+        with contextlib.suppress(ValueError):  # the first line may be a damaged one
+            row = checkpoint.parse_json(line, path)
+            if isinstance(row, dict) and ("segments" in row or "captions" in row):
+                return "jsonl" if "segments" in row else "storystream"
+    raise ValueError(f"data {str(path)!r} is in no format that is known; if it is in one of "
+                     f"{', '.join(FORMATS)}, name it")  # fmt: skip
+
+
+def check_rows(path: Path, kind: str, folder: Path, strict: bool) -> list[str]:
+    """The examples of one path that can be used, as Files holds them; says what was skipped."""
+    examples, skipped = [], {}
+    rows = read_rows(path, kind, folder)
+    for place, row in tqdm(rows, f"checking {path}", unit=" rows", delay=2):
+        try:
+            conversations = FORMATS[kind](row)
+            for segments in conversations:
+                check_segments(segments, folder)
+        except (ValueError, OSError) as error:
+            message = " ".join(str(error).split())
+            if strict:
+                raise ValueError(f"data {str(path)!r}, {place}: {message}") from None
+            # messages that differ in names and numbers alone are one reason
+            reason = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "*", message)
+            skipped.setdefault(reason, []).append((place, message))
+        else:
+            examples += [json.dumps([(str(s.content), s.is_image, s.output) for s in segments])
+                         for segments in conversations]  # fmt: skip
+    lines = [f"{len(some)} skipped ({', '.join(p for p, _ in some[:3])}): {some[0][1]:.300}"
+             for some in skipped.values()]  # fmt: skip
+    if not examples:
+        nothing = f"data {str(path)!r} holds no example of format {kind}; give what does"
+        raise ValueError(": ".join([nothing, *lines[:1]]))
+    number = sum(map(len, skipped.values()))
+    lines.insert(0, f"{str(path)!r} ({kind}): {len(examples)} examples, {number} skipped")
+    tqdm.write("\n  ".join(lines))
+    return examples
+
+
+def check_segments(segments: list[Segment], folder: Path) -> None:
+    if not any(s.output for s in segments) or segments[0].output:
+        raise ValueError("it has no output, or no input before it; want both")
+    for segment in segments:
+        if segment.is_image:
+            open_image(folder / segment.content, header=True)
+        elif not segment.content.strip():
+            raise ValueError("a text in it is empty; leave it out, or write it")
+
+
+# --- Their formats: one row -> conversations; what is wrong with a row raises ValueError ----------
+
+FRAMES = 10  # of a chunk of a story
+FOLDERS = ("captions", "instructpix2pix")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def read_rows(path: Path, kind: str, folder: Path) -> Iterator[tuple[str, object]]:
+    """(place, row) of a file or folder: lines as they are, so that a damaged one is one row."""
+    if kind == "captions":
+        names = {p.name for p in folder.iterdir() if p.suffix.lower() in PICTURES}
+        missing = {p.stem for p in path.glob("*.txt")} - {Path(name).stem for name in names}
+        for name in sorted(names | {f"{stem}.png" for stem in missing}):
+            yield repr(name), (name, path / Path(name).with_suffix(".txt"))
+    elif kind == "instructpix2pix":
+        for inner in sorted(p for p in path.iterdir() if p.is_dir()):
+            yield repr(inner.name), (folder / inner.name, inner / "prompt.json")
+    elif kind == "llava":
+        rows = checkpoint.parse_json(path.read_bytes(), path)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} holds no list, which format llava wants; give one")
+        yield from ((f"entry {number}", row) for number, row in enumerate(rows, 1))
+    else:
+        with open(path, "rb") as file:
+            yield from ((f"line {n}", line) for n, line in enumerate(file, 1) if line.strip())
+
+
+def read_file(path: Path) -> bytes:
+    if not path.is_file():
+        raise ValueError(f"{path.name!r} is missing, or no file")
+    return path.read_bytes()
+
+
+def fields(row, **hints) -> list:
+    """The values of a row's fields. Others are ignored."""
+    row = checkpoint.parse_json(row, "it") if isinstance(row, bytes) else row
+    if not isinstance(row, dict):
+        raise ValueError(f"it has a {type(row).__name__} for an object with {', '.join(hints)}")
+    for name, hint in hints.items():
+        if wanted := checkpoint.problem(row.get(name), hint, None, None):
+            raise ValueError(f"its {name!r} is {row.get(name)!r:.40}; {wanted}")
+    return [row.get(name) for name in hints]
+
+
+def from_jsonl(line: bytes) -> list[list[Segment]]:
+    conversation, (segments,) = [], fields(line, segments=list)
+    for segment in segments:
+        text, image, output = fields(segment, text=str | None, image=str | None, output=bool | None)
+        if (text is None) == (image is None) or segment.keys() - {"text", "image", "output"}:
+            raise ValueError(f"a segment has {', '.join(segment)!r:.60}; want text or image, and "
+                             "output where it is to be learned")  # fmt: skip
+        conversation.append(Segment(text if image is None else Path(image), bool(output)))
+    return [conversation]
+
+
+def from_captions(row: tuple[str, Path]) -> list[list[Segment]]:
+    name, path = row
+    caption = read_file(path).decode("utf-8-sig").strip()
+    return [[Segment(caption), Segment(Path(name), output=True)]]
+
+
+def from_llava(row) -> list[list[Segment]]:
+    name, turns = fields(row, image=str | None, conversations=list)
+    turns = [fields(t, **{"from": Literal["human", "gpt"], "value": str}) for t in turns]
+    count, given = sum(text.count("<image>") for _, text in turns), int(name is not None)
+    if count != given:
+        raise ValueError(f"it has {count} <image>, but {given} images; want as many")
+    segments = []
+    for who, text in turns:
+        for i, piece in enumerate(pieces := text.split("<image>")):
+            if i:
+                segments.append(Segment(Path(name), who == "gpt"))
+            if piece.strip() or len(pieces) == 1:  # nothing beside an image is no empty text
+                segments.append(Segment(piece.strip(), who == "gpt"))
+    return [segments]
+
+
+def from_edits(row: tuple[Path, Path]) -> list[list[Segment]]:
+    folder, path = row
+    (edit,) = fields(read_file(path), edit=str)
+    names = sorted(p.name for p in folder.glob("*_0.jpg"))
+    if not names:
+        raise ValueError("it has no picture {seed}_0.jpg")
+    pairs = [(Path(folder.name, name), Path(folder.name, name[:-5] + "1.jpg")) for name in names]
+    return [[Segment(old), Segment(edit), Segment(new, output=True)] for old, new in pairs]
+
+
+def from_stories(line: bytes) -> list[list[Segment]]:
+    """Chunks of a story: of each, the first frame and its text are given."""
+    images, captions = fields(line, images=list[str], captions=list[str])
+    if len(images) != len(captions) or len(images) < 2:
+        raise ValueError(f"it has {len(images)} images and {len(captions)} captions; want as many, "
+                         "at least two")  # fmt: skip
+    stories = []
+    for begin in range(0, len(images) - 1, FRAMES):  # a single frame at the end tells nothing
+        story = [Segment(Path(images[begin])), Segment(captions[begin])]
+        for i in range(begin + 1, min(begin + FRAMES, len(images))):
+            story += [Segment(captions[i], output=True), Segment(Path(images[i]), output=True)]
+        stories.append(story)
+    return stories
+
+
+FORMATS = {"jsonl": from_jsonl, "captions": from_captions, "llava": from_llava,
+           "instructpix2pix": from_edits, "storystream": from_stories}  # fmt: skip

@@ -5,6 +5,7 @@
                                     editing, in-context editing, stories, and the autoencoder that
                                     bounds all
     python evaluate.py speed        every fast path beside its slow reference, as ratios
+    python evaluate.py bench        public benchmarks, see benchmarks.py
 
 Pictures are judged as GenEval does it: a detector reads the picture, and what it found is compared
 with what was asked. The detector knows nothing of what was drawn, it only looks at pixels.
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+import benchmarks
 import checkpoint
 import shapes
 from data import Segment, sheet, to_image, to_tensor
@@ -51,12 +53,8 @@ ALIKE = 0.75  # overlap below which a blob is none of the shapes; rendered ones 
 
 def dilate(mask: np.ndarray) -> np.ndarray:
     """(H, W) of booleans, and the four neighbours of every true pixel."""
-    out = mask.copy()
-    out[1:] |= mask[:-1]
-    out[:-1] |= mask[1:]
-    out[:, 1:] |= mask[:, :-1]
-    out[:, :-1] |= mask[:, 1:]
-    return out
+    wide = np.pad(mask, 1)
+    return mask | wide[2:, 1:-1] | wide[:-2, 1:-1] | wide[1:-1, 2:] | wide[1:-1, :-2]
 
 
 def flood(seed: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -74,27 +72,23 @@ def patch(coverage: np.ndarray) -> tuple[np.ndarray, float, float, float]:
     x, y = (coverage * columns).sum() / area, (coverage * rows).sum() / area
     half = SPAN * math.sqrt(area)
     step = 2 * half / GRID
-    samples = Image.fromarray(coverage.astype(np.float32)).transform(
-        (GRID, GRID),
-        Image.Transform.AFFINE,
-        (step, 0, x - half, 0, step, y - half),
-        Image.Resampling.BILINEAR,
-    )
+    affine = Image.Transform.AFFINE, (step, 0, x - half, 0, step, y - half)
+    image = Image.fromarray(coverage.astype(np.float32))
+    samples = image.transform((GRID, GRID), *affine, Image.Resampling.BILINEAR)
     return np.asarray(samples).ravel(), float(x), float(y), float(area)
 
 
 @functools.cache
-def templates() -> tuple[np.ndarray, list[str], list[float]]:
+def templates() -> tuple[np.ndarray, tuple[str, ...], tuple[float, ...]]:
     """Every shape, turned and sized: patches (n, GRID * GRID), names, and area at r = 1."""
-    patches, names, areas = [], [], []
+    drawn = []
     for shape in shapes.SHAPES:
         for angle in np.linspace(-0.25, 0.25, 1 if shape == "circle" else 9):
             for r in (6, 8, 11):  # small ones are blurred by their pixels
-                drawn = shapes.render([Thing(shape, "", 32, 32, r, angle)]).convert("L")
-                samples, _, _, area = patch(1 - np.asarray(drawn) / np.max(drawn))
-                patches.append(samples)
-                names.append(shape)
-                areas.append(area / r**2)
+                grey = shapes.render([Thing(shape, "", 32, 32, r, angle)]).convert("L")
+                samples, _, _, area = patch(1 - np.asarray(grey) / np.max(grey))
+                drawn.append((samples, shape, area / r**2))
+    patches, names, areas = zip(*drawn, strict=True)
     return np.stack(patches), names, areas
 
 
@@ -115,11 +109,9 @@ def detect(image: Image.Image) -> list[Thing]:
     colour = along.argmax(-1)
     coverage = (along.max(-1) / LENGTHS[colour]).clip(0, 1)
     border = np.pad(np.zeros((shapes.CANVAS - 2,) * 2, bool), 1, constant_values=True)
-    todo = ~flood(border, coverage < 0.5)  # what the outside does not reach
-    found = []
+    todo, found = ~flood(border, coverage < 0.5), []  # what the outside does not reach
     while todo.any():
-        first = np.zeros_like(todo)
-        first.flat[todo.argmax()] = True
+        first = np.arange(todo.size).reshape(todo.shape) == todo.argmax()
         blob = flood(first, todo)
         todo &= ~blob
         if blob.sum() >= SPECK:
@@ -157,11 +149,14 @@ def reads(things: list[Thing], seen: list[Thing], within: float = 3.0) -> bool:
 
 
 def judge(example: Example, seen: list[Thing]) -> bool:
-    """Whether a picture with the things `seen` is what the example's caption asks for.
+    """Whether a picture with the things `seen` is what the example asks for.
 
-    The picture must hold the caption's things and no others. Colours count where the caption
-    names them.
+    A caption's must hold its things and no others; colours count where the caption names them.
+    After an edit every other thing must be what and where it was; an added one may stand anywhere.
     """
+    if example.before:
+        is_add = example.kind == "add"
+        return bool(added(example, seen)) if is_add else reads(example.things, seen)
     colourless = example.kind in ("one object", "two objects")
     names = [sorted(t.shape if colourless else t.name for t in ts) for ts in (example.things, seen)]
     if names[0] != names[1]:
@@ -181,33 +176,20 @@ def stands_as_said(caption: str, seen: list[Thing]) -> bool:
     return x * dx + y * dy > 0.8 * abs(y * dx + x * dy)
 
 
-def new_thing(example: Example, seen: list[Thing]) -> Thing | None:
-    """The thing that an "add" edit added: it may stand anywhere, all others where they were."""
-    for i, thing in enumerate(seen):
-        rest = seen[:i] + seen[i + 1 :]
-        if thing.name == example.things[-1].name and reads(example.before, rest):
-            return thing
-    return None
-
-
-def judge_edit(example: Example, seen: list[Thing]) -> bool:
-    """Whether exactly the asked edit happened: every other thing is what and where it was."""
-    if example.kind == "add":
-        return new_thing(example, seen) is not None
-    return reads(example.things, seen)
+def added(example: Example, seen: list[Thing]) -> list[Thing]:
+    """The thing that an "add" edit added, if it is there and all others are where they were."""
+    name, before = example.things[-1].name, example.before
+    rests = ((thing, seen[:i] + seen[i + 1 :]) for i, thing in enumerate(seen))
+    return [thing for thing, rest in rests if thing.name == name and reads(before, rest)][:1]
 
 
 def kept(example: Example, image: Image.Image, seen: list[Thing]) -> float:
     """PSNR in decibels of everything outside the edited thing; of everything where an added one is
     not found."""
-    if example.kind == "add":
-        edited = new_thing(example, seen)
-        edited = [edited] if edited else []
-    else:
-        edited = [t for t in example.before if t not in example.things]
+    gone = [t for t in example.before if t not in example.things]
     rows, columns = np.indices((shapes.CANVAS, shapes.CANVAS)) + 0.5
     outside = np.ones((shapes.CANVAS, shapes.CANVAS), bool)
-    for t in edited:
+    for t in added(example, seen) if example.kind == "add" else gone:
         outside &= np.hypot(columns - t.x, rows - t.y) > t.reach + 2
     truth = np.asarray(shapes.render(example.before), float)
     error = np.asarray(full_size(image), float) - truth
@@ -216,14 +198,10 @@ def kept(example: Example, image: Image.Image, seen: list[Thing]) -> float:
 
 def judge_frame(sentence: str, before: list[Thing], after: list[Thing]) -> bool:
     """Whether a story's frame shows what its sentence says, and nothing else changed."""
-    if sorted(t.name for t in before) != sorted(t.name for t in after):
-        return False
-    match = re.fullmatch(r"The (\w+ \w+) moves (\w+)\.", sentence.strip())
-    if not match or match[2] not in shapes.MOVES:
+    match = re.fullmatch(rf"The (\w+ \w+) moves ({'|'.join(shapes.MOVES)})\.", sentence.strip())
+    if not match or match[1] not in [t.name for t in before]:
         return False
     dx, dy = (shapes.STRIDE * v for v in shapes.MOVES[match[2]])
-    if match[1] not in [t.name for t in before]:
-        return False
     moved = [replace(t, x=t.x + dx, y=t.y + dy) if t.name == match[1] else t for t in before]
     return reads(moved, after, within=4.0)
 
@@ -285,13 +263,14 @@ def autoencoder_report(vae: VQVAE, world: Shapes, seed: int, scenes: int) -> dic
             for things, picture in zip(drawn, map(to_image, decoded), strict=True):
                 row["readable"].append(reads(things, detect(picture)))
                 row["digits"] += legible(things, picture)
-    mean = lambda values: float(np.mean(values or [math.nan]))
-    return {kind: {k: mean(v) for k, v in row.items()} for kind, row in rows.items()}
+    return {kind: {name: float(np.mean(values or [math.nan])) for name, values in row.items()}
+            for kind, row in rows.items()}
 
 
 # --- The tasks -----------------------------------------------------------------------------------
 
 UNSEEN = "unseen combinations"  # a row of the table
+BLACK = Image.new("RGB", (shapes.CANVAS, shapes.CANVAS))  # in place of a picture that is missing
 
 
 @dataclass
@@ -326,15 +305,6 @@ def held_out(config: ShapesConfig, task: str, seed: int, count: int, name: str) 
     return examples
 
 
-def first_image(answer: Answer) -> Image.Image:
-    """Black where there is none."""
-    return answer.images[0] if answer.images else Image.new("RGB", (shapes.CANVAS,) * 2)
-
-
-def saw(seen: list[Thing]) -> str:
-    return "\nsaw " + (", ".join(t.name for t in seen) or "nothing")
-
-
 def side_by_side(images: list[Image.Image]) -> Image.Image:
     page = Image.new("RGB", ((shapes.CANVAS + 2) * len(images) - 2, shapes.CANVAS), "white")
     for i, image in enumerate(images):
@@ -342,13 +312,20 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
     return page
 
 
+def labelled(text: str, seen: list[Thing], right: bool) -> str:
+    return text if right else f"{text}\nsaw " + (", ".join(t.name for t in seen) or "nothing")
+
+
 def drawn(example: Example, answer: Answer) -> list[Verdict]:
-    """A picture of a caption."""
-    image, row = first_image(answer), UNSEEN if example.unseen else example.kind
+    """A picture of a caption; an edited scene, told in words or by an example pair."""
+    image = answer.images[0] if answer.images else BLACK
     seen = detect(image)
     right = bool(answer.images) and judge(example, seen)
-    label = example.segments[0].content + saw(seen) * (not right)
-    return [Verdict(row, full_size(image), label, right)]
+    given = [s.content for s in example.segments[:-1]]
+    text = given.pop() if isinstance(given[-1], str) else ""
+    page, row = side_by_side([*given, image]), UNSEEN if example.unseen else example.kind
+    elsewhere = kept(example, image, seen) if answer.images and example.before else None
+    return [Verdict(row, page, labelled(text, seen, right), right, kept=elsewhere)]
 
 
 def said(example: Example, answer: Answer) -> list[Verdict]:
@@ -360,30 +337,18 @@ def said(example: Example, answer: Answer) -> list[Verdict]:
     return [Verdict(example.kind, page, label, text == expected, text, expected)]
 
 
-def edited(example: Example, answer: Answer) -> list[Verdict]:
-    """An edited scene, told in words or by an example pair."""
-    image = first_image(answer)
-    seen = detect(image)
-    right = bool(answer.images) and judge_edit(example, seen)
-    given = [s.content for s in example.segments[:-1]]
-    label = (given.pop() if isinstance(given[-1], str) else "") + saw(seen) * (not right)
-    elsewhere = kept(example, image, seen) if answer.images else None
-    return [Verdict(example.kind, side_by_side([*given, image]), label, right, kept=elsewhere)]
-
-
 def told(example: Example, answer: Answer) -> list[Verdict]:
     """A story's frames: whether each is true of its sentence, and whether the actors are still the
     same. A frame that is missing is neither; more are not looked at."""
     before, sentence, verdicts = example.before, "", []
     actors = sorted(t.name for t in before)
-    missing = [Segment(Image.new("RGB", (shapes.CANVAS,) * 2))] * (shapes.FRAMES - 1)
-    for segment in [*answer.segments, *missing]:
+    for segment in [*answer.segments, *[Segment(BLACK)] * (shapes.FRAMES - 1)]:
         if not segment.is_image:
             sentence = segment.content
             continue
         seen = detect(segment.content)
         right, same = judge_frame(sentence, before, seen), sorted(t.name for t in seen) == actors
-        image, label = full_size(segment.content), sentence.strip() + saw(seen) * (not right)
+        image, label = full_size(segment.content), labelled(sentence.strip(), seen, right)
         verdicts.append(Verdict("frame is as its sentence", image, label, right))
         verdicts.append(Verdict("actors stay the same", image, label, same))
         before, sentence = seen, ""
@@ -406,8 +371,8 @@ TASKS = {
     "text to image": Task("text_to_image", "caption", "captions", "prompts", drawn),
     "understanding": Task("understanding", "question", "questions", "questions", said),
     "differences": Task("difference", "difference", "differences", "questions", said, 0.3),
-    "editing": Task("editing", "edit", "editing", "edits", edited),
-    "in-context editing": Task("in_context", "in context", "in_context", "in_context", edited),
+    "editing": Task("editing", "edit", "editing", "edits", drawn),
+    "in-context editing": Task("in_context", "in context", "in_context", "in_context", drawn),
     "stories": Task("story", "story", "story", "stories", told),
 }
 
@@ -428,32 +393,28 @@ def run_task(pipeline: Pipeline, examples: list[Example], task: Task, seed: int,
 
 def wilson(right: int, total: int) -> tuple[float, float]:
     """95% interval of a rate (Wilson's score interval)."""
-    z = 1.96
-    rate, width = right / max(1, total), z * z / max(1, total)
+    z, n = 1.96, max(1, total)
+    rate, width = right / n, z * z / n
     centre = (rate + width / 2) / (1 + width)
-    half = math.sqrt(z * z * rate * (1 - rate) / max(1, total) + width * width / 4) / (1 + width)
+    half = math.sqrt(z * z * rate * (1 - rate) / n + width * width / 4) / (1 + width)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def rate(rights: list[bool]) -> dict:
-    right, total = sum(rights), len(rights)
-    share, interval = right / max(1, total), wilson(right, total)
-    return {"right": right, "total": total, "rate": share, "interval": interval}
+    right, total, interval = sum(rights), len(rights), wilson(sum(rights), len(rights))
+    return {"right": right, "total": total, "rate": right / max(1, total), "interval": interval}
 
 
 def tally(verdicts: list[Verdict]) -> dict[str, dict]:
     """Rows of a table: right, total, rate, interval by row; "all" leaves UNSEEN out, and reading
     digits, which asks for detail rather than understanding, is left out of a row of its own."""
-    rows = {}
-    for v in verdicts:
-        rows.setdefault(v.row, []).append(v.right)
-    unseen = rows.pop(UNSEEN, None)
-    everything = [right for row in rows.values() for right in row]
+    names = list(dict.fromkeys(v.row for v in verdicts if v.row != UNSEEN))
+    rows = {name: [v.right for v in verdicts if v.row == name] for name in [*names, UNSEEN]}
+    unseen = rows.pop(UNSEEN)
     if "digit" in rows:
-        rows["all but digit"] = [v.right for v in verdicts if v.row != "digit"]
-    rows["all"] = everything
-    if unseen:
-        rows[UNSEEN] = unseen
+        rows["all but digit"] = [v.right for v in verdicts if v.row not in ("digit", UNSEEN)]
+    rows["all"] = [v.right for v in verdicts if v.row != UNSEEN]
+    rows |= {UNSEEN: unseen} if unseen else {}
     return {name: rate(row) for name, row in rows.items()}
 
 
@@ -483,10 +444,10 @@ def show(results: dict) -> str:
         for name, row in rows.items():
             if name == "psnr elsewhere":
                 lines.append(f"  {name:22}{row:23.2f} dB")
-                continue
-            low, high = row["interval"]
-            counts = f"{row['right']:8}{row['total']:8}{row['rate']:10.1%}"
-            lines.append(f"  {name:22}{counts}   {low:.1%} to {high:.1%}")
+            else:
+                counts = f"{row['right']:8}{row['total']:8}{row['rate']:10.1%}"
+                low, high = row["interval"]
+                lines.append(f"  {name:22}{counts}   {low:.1%} to {high:.1%}")
     return "\n".join(lines)
 
 
@@ -502,17 +463,28 @@ def over_seeds(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(verdicts: list[Verdict], columns: int = 12, lines: int = 8) -> Image.Image:
+def contact_sheet(verdicts: list[Verdict]) -> Image.Image:
     """The first pictures, enlarged, each with its label: green if right, red if wrong."""
     width, height = verdicts[0].image.size
-    columns = columns * shapes.CANVAS // width
-    shown = verdicts[: columns * lines]
-    cells = [(v.image, v.label, (20, 120, 50) if v.right else (200, 30, 30)) for v in shown]
+    columns = 12 * shapes.CANVAS // width
+    inks = {True: (20, 120, 50), False: (200, 30, 30)}
+    cells = [(v.image, v.label, inks[v.right]) for v in verdicts[: 8 * columns]]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return sheet(rows, (3 * width, 3 * height))
 
 
-COUNTS = {"prompts": 500, "questions": 500, "edits": 300, "in_context": 300, "stories": 100}
+FLAGS = {  # type, least, most, default, meaning; how many examples, then how they are answered
+    "prompts": (int, 0, 10**5, 500, "captions to draw; 0 leaves them out, as with all that follow"),
+    "questions": (int, 0, 10**5, 500, "questions, and 0.3 times as many about two pictures"),
+    "edits": (int, 0, 10**5, 300, "edits told in words"),
+    "in_context": (int, 0, 10**5, 300, "edits told by an example pair"),
+    "stories": (int, 0, 10**5, 100, "stories to continue, three frames each"),
+    "batch_size": (int, 1, 4096, 64, "requests answered at a time"),
+    "steps": (int, 1, 1000, None, "DDIM steps"),
+    "cfg_scale": (float, 0, 100, None, "guidance; 1 is none"),
+    "cfg_image": (float, 0, 100, None, "guidance towards a prompt's images"),
+}
+COUNTS = {name: flag[3] for name, flag in list(FLAGS.items())[:5]}
 
 
 def evaluate_shapes(directory: str | Path, seed: int = 1000, counts: dict[str, int] = COUNTS,
@@ -561,37 +533,35 @@ def report(directory: str | Path, folder: Path, count: int = 300) -> str:
 
 def naive_sample(head: DiffusionHead, hidden: Tensor, weights, steps: int, noise: Tensor) -> Tensor:
     """DiffusionHead.sample without its shortcut: the whole head in every step."""
-    batch, contexts, _ = hidden.shape
-    x = noise
+    x, (batch, contexts, _) = noise, hidden.shape
+    weights = torch.tensor(weights, device=x.device)[:, None]  # (G, 1)
     for t, a, b in head.schedule.ddim(steps):
         rows = x.repeat_interleave(contexts, 0)  # (B G, C)
         output = head(rows, torch.full((len(rows),), t, device=x.device), hidden.flatten(0, 1))
-        scales = torch.tensor(weights, device=x.device)[:, None]
-        output = output.unflatten(0, (batch, contexts)) * scales
-        x = a * x + b * output.sum(1)
+        x = a * x + b * (output.unflatten(0, (batch, contexts)) * weights).sum(1)
     return x / head.latent_scale
 
 
-def image_states(model: Orthus, tokens: Tensor, latents: Tensor, cached: bool) -> Tensor:
-    """Hidden states (L, D) of an image fed latent by latent: each run once, or everything again."""
-    mark, weight = torch.full_like(tokens[:, :1], model.config.image_id), model.norm.weight
-    length = tokens.shape[1] + len(latents)
-    cache = KVCache(model.config, 1, length, weight.device, weight.dtype) if cached else None
-    if cached:
-        model(tokens, latents[:0], cache)
-    states = []
-    for n in range(1, len(latents) + 1):
-        row = mark if cached else torch.cat([tokens, mark.expand(1, n)], 1)
-        states.append(model(row, latents[n - 1 if cached else 0 : n], cache)[0, -1])
-    return torch.stack(states)
+def reread(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
+    """Hidden states (L, D) of an image after tokens (1, T), all read again for each latent."""
+    mark = torch.full_like(tokens[:, :1], model.config.image_id)
+    rows = (torch.cat([tokens, mark.expand(1, n + 1)], 1) for n in range(len(latents)))
+    return torch.stack([model(row, latents[: n + 1])[0, -1] for n, row in enumerate(rows)])
+
+
+def read_once(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
+    """The same with a cache, as sampling does it."""
+    length, weight = tokens.shape[1] + len(latents), model.norm.weight
+    cache = KVCache(model.config, 1, length, weight.device, weight.dtype)
+    model(tokens, latents[:0], cache)
+    embedded = model.vision_embedding(latents).to(weight.dtype)  # (L, D)
+    return torch.cat([model.step(x[None], cache) for x in embedded])
 
 
 class Operators(TorchDispatchMode):
     """Counts dispatched operators that are not views."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += not function.is_view
@@ -613,16 +583,22 @@ def operators(device) -> tuple[int, int]:
     return head.count, backbone.count
 
 
+def seconds(run: Callable) -> float:
+    started = time.perf_counter()
+    run()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
+
+
 def start_up(directory: str) -> tuple[float, float]:
     """Seconds of a bare import of PyTorch, and from process start to a picture."""
-    times, program = [], str(Path(__file__).parent / "sample.py")
+    drawing = [str(Path(__file__).parent / "sample.py"), "--prompt", "a red circle"]
     with tempfile.TemporaryDirectory() as folder:
-        drawing = [program, "--checkpoint", directory, "--prompt", "a red circle"]
-        for command in ["-c", "import torch"], [*drawing, "--output", folder]:
-            started = time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, capture_output=True)
-            times.append(time.perf_counter() - started)
-    return times[0], times[1]
+        commands = ["-c", "import torch"], [*drawing, "--checkpoint", directory, "--output", folder]
+        run = functools.partial(subprocess.run, check=True, capture_output=True)
+        bare, whole = (seconds(lambda c=c: run([sys.executable, *c])) for c in commands)
+    return bare, whole
 
 
 @torch.inference_mode()
@@ -630,52 +606,44 @@ def speed(args: argparse.Namespace) -> None:
     """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
     device = pick_device(args.device)
     pipeline = load(args.checkpoint, device)
-    model, config = pipeline.model, pipeline.model.config
-    head = model.image_head
+    model, config, head = pipeline.model, pipeline.model.config, pipeline.model.image_head
     if not isinstance(head, DiffusionHead):
         raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
-    size = config.latents_per_image, config.latent_channels
+    length, channels = config.latents_per_image, config.latent_channels
     rng = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 2, config.hidden_size, generator=rng)
-    hidden = hidden.to(device, model.norm.weight.dtype)
-    noise = torch.randn(1, size[1], generator=rng).to(device)
-    latents = torch.randn(size, generator=rng).to(device)
+    sizes = (1, 2, config.hidden_size), (1, channels), (length, channels)
+    hidden, noise, latents = (torch.randn(size, generator=rng).to(device) for size in sizes)
+    hidden = hidden.to(model.norm.weight.dtype)
     tokens = torch.tensor([[config.bos_id, config.sep_id, config.boi_id]], device=device)
     requests = [Request([Segment("a red circle")], seed) for seed in range(16)]
 
     def pictures(batch_size: int) -> Tensor:
         answers = generate(pipeline, requests, batch_size=batch_size, progress=False)
-        images = (to_tensor(a.images[0], pipeline.vae.config.resolution) for a in answers)
-        return torch.stack(list(images))
+        size = pipeline.vae.config.resolution
+        return torch.stack([to_tensor(a.images[0], size) for a in answers])
 
     rows = {
         "100 DDIM steps, modulations ahead of the loop": (
             lambda: naive_sample(head, hidden, (3.0, -2.0), 100, noise),
             lambda: head.sample(hidden, (3.0, -2.0), 100, noise),
         ),
-        f"{size[0]} latents with the cache": (
-            lambda: image_states(model, tokens, latents, False),
-            lambda: image_states(model, tokens, latents, True),
+        f"{length} latents with the cache": (
+            lambda: reread(model, tokens, latents), lambda: read_once(model, tokens, latents),
         ),
         "16 pictures, 4 in a batch": (lambda: pictures(1), lambda: pictures(4)),
         "16 pictures, 16 in a batch": (lambda: pictures(1), lambda: pictures(16)),
     }
     print(f"{'':48}{'slow s':>9}{'fast s':>9}{'ratio':>8}{'difference':>12}")
     for name, (slow, fast) in rows.items():
-        times = {slow: [], fast: []}
-        for _ in range(args.rounds):
-            for run in (slow, fast):
-                started = time.perf_counter()
-                run().sum().item()  # waits for a GPU
-                times[run].append(time.perf_counter() - started)
-        a, b = min(times[slow]), min(times[fast])
+        times = [(seconds(slow), seconds(fast)) for _ in range(args.rounds)]
+        a, b = map(min, zip(*times, strict=True))
         gap = (slow() - fast()).abs().max().item()
         print(f"{name:48}{a:9.4f}{b:9.4f}{a / b:8.2f}{gap:12.1e}")
     bare, whole = min(start_up(args.checkpoint) for _ in range(args.rounds))
-    print(f"{'import torch, and process start to a picture':48}{bare:9.2f}{whole:9.2f}"
-          f"{whole / bare:8.2f}")
-    counts = operators(device)
-    print(f"{'operators of a latent, width 512: head, 8 layers':48}{counts[0]:9}{counts[1]:9}")
+    ratio = whole / bare
+    print(f"{'import torch, and process start to a picture':48}{bare:9.2f}{whole:9.2f}{ratio:8.2f}")
+    a, b = operators(device)
+    print(f"{'operators of a latent, width 512: head, 8 layers':48}{a:9}{b:9}")
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -686,47 +654,27 @@ def run_shapes(args: argparse.Namespace) -> None:
         raise ValueError(f"--json {args.json} is not a file in a folder that exists")
     if args.samples:
         args.samples.mkdir(parents=True, exist_ok=True)
-    given = {name: getattr(args, name) for name in ("batch_size", *GUIDANCE)}
-    options = {name: value for name, value in given.items() if value is not None}
-    counts, device = {name: getattr(args, name) for name in COUNTS}, pick_device(args.device)
+    given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
+    counts, device = {name: given.pop(name) for name in COUNTS}, pick_device(args.device)
     runs = []
     for seed in args.seed or [1000]:
-        run = evaluate_shapes(args.checkpoint, seed, counts, args.samples, device, **options)
-        print(show(run))
-        runs.append(run)
+        runs.append(evaluate_shapes(args.checkpoint, seed, counts, args.samples, device, **given))
+        print(show(runs[-1]))
     if len(runs) > 1:
         print("\n" + over_seeds(runs))
     if args.json:
         checkpoint.write_json(args.json, runs[0] if len(runs) == 1 else {"seeds": runs})
 
 
-GUIDANCE = {
-    "steps": (int, 1, 1000, "DDIM steps"),
-    "cfg_scale": (float, 0, 100, "guidance; 1 is none"),
-    "cfg_image": (float, 0, 100, "towards a prompt's images"),
-}
-ASKED = {
-    "prompts": "captions to draw",
-    "questions": "questions to ask, and 0.3 times as many about the difference of two pictures",
-    "edits": "edits told in words",
-    "in_context": "edits told by an example pair",
-    "stories": "stories to continue, three frames each",
-}
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     raw, number = argparse.RawDescriptionHelpFormatter, checkpoint.number
     parser = checkpoint.Parser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=checkpoint.Parser)
-    quality = commands.add_parser(
-        "shapes",
-        help="quality of a model of a Shapes world",
-        description="Quality of a model of a Shapes world, on held-out captions and scenes.",
-        epilog="example: python evaluate.py shapes --samples sheets --json shapes.json",
-    )
+    quality = commands.add_parser("shapes", help="quality of a model of a Shapes world",
+        epilog="example: python evaluate.py shapes --samples sheets --json shapes.json")
     clock = commands.add_parser("speed", help="fast paths beside their slow references, as ratios")
     tiny = str(Path(__file__).parent / "checkpoints" / "tiny")
-    for command in (quality, clock):
+    for command in (quality, clock, benchmarks.add_parser(commands)):
         command.add_argument("--checkpoint", default=tiny, metavar="DIR", help="default: tiny")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, ...; default: auto")
     clock.add_argument("--rounds", type=number(int, 1, 1000), default=5, metavar="N",
@@ -734,14 +682,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = quality.add_argument
     add("--seed", type=number(int, 0, 2**31), action="append", metavar="N", help="of the held-out "
         "examples and of sampling; repeat it for a mean and a range (default: 1000)")
-    for name, default in COUNTS.items():
-        help = f"{ASKED[name]}, kinds in turn; 0 leaves them out (default: {default})"
-        add("--" + name.replace("_", "-"), type=number(int, 0, 100_000), default=default,
-            metavar="N", help=help)  # fmt: skip
-    for name, (kind, low, high, help) in GUIDANCE.items():
-        add("--" + name.replace("_", "-"), type=number(kind, low, high), metavar="N", help=help)
-    add("--batch-size", type=number(int, 1, 4096), default=64, metavar="N",
-        help="requests answered at a time (default: 64)")
+    for name, (kind, low, high, default, help) in FLAGS.items():
+        help += "" if default is None else f" (default: {default})"
+        flag, kind = "--" + name.replace("_", "-"), number(kind, low, high)
+        add(flag, type=kind, default=default, metavar="N", help=help)
     add("--json", type=Path, metavar="FILE", help="write the numbers here too")
     add("--samples", type=Path, metavar="DIR", help="save sheets of pictures, labelled with what "
         "was asked, green if right, red if wrong")
@@ -750,9 +694,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    action = {"shapes": run_shapes, "speed": speed}[args.command]
-    interrupted = "interrupted; nothing was reported"
-    checkpoint.command_line("evaluate.py", lambda: action(args), interrupted)
+    action = {"shapes": run_shapes, "speed": speed, "bench": benchmarks.run}[args.command]
+    checkpoint.command_line("evaluate.py", functools.partial(action, args),
+                            "interrupted; nothing was reported")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ the transformer's output after its final norm, a "slot" is a place in the cache.
 """
 
 import copy
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,10 +29,6 @@ from torch import Generator, Tensor, nn
 
 import checkpoint
 from checkpoint import within
-
-
-def token_id(default: int) -> int:
-    return within(default, 0, 2**24)
 
 
 @dataclass
@@ -68,39 +63,37 @@ class OrthusConfig:
     diffusion_batch_multiplier: int = 8  # times each latent is noised in one loss
     image_loss_weight: float = within(100.0, 0.0, 1e9)  # lambda, of the mean over channels
     # token ids; image code k is token image_code_start + k
-    bos_id: int = token_id(0)
-    pad_id: int = token_id(1)
-    eos_id: int = token_id(2)
-    unk_id: int = token_id(3)
-    image_code_start: int = token_id(4)
-    eoi_id: int = token_id(8196)
-    boi_id: int = token_id(8197)
-    sep_id: int = token_id(8710)
-    image_id: int = token_id(8711)
+    bos_id: int = within(0, 0, 2**24)
+    pad_id: int = within(1, 0, 2**24)
+    eos_id: int = within(2, 0, 2**24)
+    unk_id: int = within(3, 0, 2**24)
+    image_code_start: int = within(4, 0, 2**24)
+    eoi_id: int = within(8196, 0, 2**24)
+    boi_id: int = within(8197, 0, 2**24)
+    sep_id: int = within(8710, 0, 2**24)
+    image_id: int = within(8711, 0, 2**24)
 
     def __post_init__(self):
         checkpoint.check_fields(self)
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        heads, codes = (self.num_attention_heads, self.num_key_value_heads), self.image_codes
         ids = [value for name, value in vars(self).items() if name.endswith("_id")]
-        codes = range(self.image_code_start, self.image_code_start + self.num_codes)
-        softmax, tokens = self.vision_embedding == "softmax", self.image_head == "tokens"
-        for is_wrong, problem in (
-            (self.hidden_size % (2 * heads), f"hidden_size {self.hidden_size} does not make "
-             f"num_attention_heads {heads} of an even width"),
-            (heads % groups, f"num_attention_heads {heads} is not a multiple of "
-             f"num_key_value_heads {groups}"),
-            (softmax and self.tau == 0, "tau is 0.0; softmax needs tau > 0, its limit is "
-             "vision_embedding 'argmin'"),
-            (tokens and self.vision_embedding == "linear", "image_head 'tokens' needs a codebook; "
-             "vision_embedding 'linear' has none"),
-            (len(set(ids)) < len(ids) or any(i in codes for i in ids),
-             f"token ids {ids} are not distinct, or among the image codes {codes}"),
-            (max(*ids, codes.stop - 1) >= self.vocab_size, f"vocab_size {self.vocab_size} does not "
-             f"hold token ids {ids} and image codes {codes}"),
-        ):
-            if is_wrong:
-                raise ValueError(problem)
+        if self.hidden_size % (2 * heads[0]) or heads[0] % heads[1]:
+            raise ValueError(f"hidden_size {self.hidden_size}, query and key heads {heads}; want "
+                             "heads of an even width, and as many or several queries to a key")
+        if self.vision_embedding == "softmax" and self.tau == 0:
+            raise ValueError("tau is 0.0; want more, or its limit: vision_embedding 'argmin'")
+        if self.vision_embedding == "linear" and self.image_head == "tokens":
+            raise ValueError("image_head 'tokens' needs a codebook; vision_embedding is 'linear'")
+        if len(set(ids)) < len(ids) or any(i in codes for i in ids):
+            raise ValueError(f"token ids {ids} are not distinct, or among the image codes {codes}")
+        if max(*ids, codes[-1]) >= self.vocab_size:
+            raise ValueError(f"vocab_size {self.vocab_size}; token ids {ids}, image codes {codes}")
         NoiseSchedule(self.beta_schedule, self.zero_terminal_snr, self.prediction)  # may raise
+
+    @property
+    def image_codes(self) -> range:
+        """The tokens of codes 0 to K - 1."""
+        return range(self.image_code_start, self.image_code_start + self.num_codes)
 
     @property
     def head_dim(self) -> int:
@@ -123,8 +116,8 @@ TINY = dict(
 )
 NANO = TINY | dict(
     vocab_size=392, hidden_size=128, intermediate_size=320, num_hidden_layers=4,
-    num_attention_heads=4, num_key_value_heads=4, num_codes=256, head_width=256,
-    eoi_id=260, boi_id=261, sep_id=262, image_id=263,
+    num_attention_heads=4, num_key_value_heads=4, num_codes=256, latent_channels=16,
+    head_width=256, eoi_id=260, boi_id=261, sep_id=262, image_id=263,
 )
 PRESETS = {"7b": {}, "tiny": TINY, "nano": NANO}
 
@@ -132,33 +125,20 @@ PRESETS = {"7b": {}, "tiny": TINY, "nano": NANO}
 # --- Transformer parts ---------------------------------------------------------------------------
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """In fp32, then cast, then times the weight: Llama's order."""
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-class HeadNorm(nn.Module):
-    """QK-norm: LayerNorm over the channels of each head, every head with its own affine map."""
-    def __init__(self, heads: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads, width))
-        self.bias = nn.Parameter(torch.zeros(heads, width))
-
+class HeadNorm(nn.LayerNorm):
+    """QK-norm: over the channels of each head alone, every head with its own affine map."""
     def forward(self, x: Tensor) -> Tensor:  # (B, T, heads, width)
-        return F.layer_norm(x, x.shape[-1:], eps=1e-5) * self.weight + self.bias
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight + self.bias
 
 
 def rope(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Positions (B, T) -> cosines and sines (B, T, 1, width), split-half layout, fp32.
-
-    The first half of the sines is negated: what `rotate` multiplies by them has its halves swapped.
-    """
+    """Positions (B, T) -> cosines, and sines as `rotate` wants them, (B, T, 1, width), fp32."""
     exponent = torch.arange(0, width, 2, device=positions.device) / width
     angles = positions[..., None, None].float() * theta**-exponent  # (B, T, 1, width / 2)
     cos, sin = angles.cos(), angles.sin()
@@ -166,6 +146,7 @@ def rope(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of a head's width."""
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sin.to(x.dtype)
 
 
@@ -178,8 +159,7 @@ class KVCache:
     """
     def __init__(self, config: OrthusConfig, batch: int, length: int, device="cpu", dtype=None):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length)
-        self.keys = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        self.keys, self.values = torch.zeros(2, *shape, config.head_dim, device=device, dtype=dtype)
         self.visible = torch.zeros(batch, length, dtype=torch.bool, device=device)
         self.used = torch.zeros(batch, dtype=torch.long, device=device)  # slots written, by row
         self.rows = torch.arange(batch, device=device)
@@ -215,8 +195,7 @@ class Attention(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.q_proj, self.o_proj = (nn.Linear(d, d, bias=False) for _ in range(2))
         self.k_proj, self.v_proj = (nn.Linear(d, kv_heads * width, bias=False) for _ in range(2))
-        self.q_norm = HeadNorm(heads, width)
-        self.k_norm = HeadNorm(kv_heads, width)
+        self.q_norm, self.k_norm = HeadNorm((heads, width)), HeadNorm((kv_heads, width))
 
     def forward(self, x, cos, sin, bias, slots, cache: KVCache | None) -> Tensor:
         q = self.q_proj(x).unflatten(-1, self.q_norm.weight.shape)  # (B, T, H, width)
@@ -246,8 +225,7 @@ class MLP(nn.Module):
     def __init__(self, config: OrthusConfig):
         super().__init__()
         d, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, inner, bias=False)
-        self.up_proj = nn.Linear(d, inner, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(d, inner, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(inner, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -283,9 +261,9 @@ class VisionEmbedding(nn.Module):
     """
     def __init__(self, config: OrthusConfig, embed_tokens: nn.Embedding):
         super().__init__()
-        self.kind, self.tau, self.num_codes = config.vision_embedding, config.tau, config.num_codes
-        self.start = config.image_code_start
-        self.shared = (embed_tokens,)  # the w_j; in a tuple, so that it is not registered twice
+        self.kind, self.tau, codes = config.vision_embedding, config.tau, config.image_codes
+        self.image_codes = slice(codes.start, codes.stop)  # rows of the table that are the w_j
+        self.shared = (embed_tokens,)  # in a tuple, so that it is not registered twice
         if self.kind == "linear":
             self.projection = nn.Linear(config.latent_channels, config.hidden_size)
         else:
@@ -310,13 +288,12 @@ class VisionEmbedding(nn.Module):
         return torch.exp(-(log_weights.exp() * log_weights).sum(-1))
 
     def forward(self, latents: Tensor) -> Tensor:
-        table = self.shared[0].weight
         if self.kind == "linear":
             return self.projection(latents.to(self.projection.weight.dtype))
+        table = self.shared[0].weight[self.image_codes]  # (K, D)
         if self.kind == "argmin":
-            return F.embedding(self.codes(latents) + self.start, table)
-        weights = (self.logits(latents) / self.tau).softmax(-1)  # (N, K)
-        return weights.to(table.dtype) @ table[self.start : self.start + self.num_codes]
+            return F.embedding(self.codes(latents), table)
+        return (self.logits(latents) / self.tau).softmax(-1).to(table.dtype) @ table
 
 
 # --- Noise schedule ------------------------------------------------------------------------------
@@ -330,8 +307,7 @@ class NoiseSchedule:
     """
     def __init__(self, beta_schedule: str, zero_terminal_snr: bool, prediction: str):
         if prediction == "epsilon" and zero_terminal_snr:
-            raise ValueError("prediction 'epsilon' with zero_terminal_snr divides by zero at "
-                             "t = 999; use prediction 'velocity' or zero_terminal_snr False")
+            raise ValueError("prediction 'epsilon' at t = 999 is infinite with zero_terminal_snr")
         self.prediction = prediction
         if beta_schedule == "scaled_linear":
             betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
@@ -386,7 +362,7 @@ class NoiseSchedule:
 # --- Image heads: one interface ------------------------------------------------------------------
 #
 #     Head(config, model)    the model whose head it is; only TokenHead looks at it
-#     .loss(hidden (N, D), latents (N, C), generator=) -> scalar
+#     .loss(hidden (N, D), latents (N, C), generator=, levels=) -> scalar
 #     .prepare(steps)        what sampling needs once an image, not once a latent
 #     .sample(hidden (B, G, D), weights (G,), steps=, noise=, generator=, prepared=) -> (B, C)
 #     .init_weights()        its own initial values
@@ -401,9 +377,7 @@ def randn(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> 
 def guide(outputs: Tensor, weights: tuple[float, ...] | Tensor) -> Tensor:
     """Outputs (B, G, X) for G guidance contexts -> their sum (B, X) with weights (G,)."""
     if len(weights) != outputs.shape[1]:
-        raise ValueError(
-            f"got {len(weights)} guidance weights for {outputs.shape[1]} contexts; give one each"
-        )
+        raise ValueError(f"{len(weights)} guidance weights for {outputs.shape[1]} contexts")
     weights = torch.as_tensor(weights, dtype=torch.float32, device=outputs.device)
     return weights @ outputs.float()
 
@@ -455,17 +429,15 @@ class FinalLayer(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """Predicts a latent by diffusion, conditioned on the hidden state before it (eq. 3, 5.1).
+    """Predicts a latent by diffusion, given the hidden state before it (eq. 3, section 5.1)."""
+    hoisted_rows = 4096  # of modulations held at once, 11 W numbers each: bounds the memory
 
-    Latents are scaled by latent_scale here and nowhere else.
-    """
     def __init__(self, config: OrthusConfig, model: "Orthus | None" = None):
         super().__init__()
         w, c = config.head_width, config.latent_channels
         self.latent_scale, self.multiplier = config.latent_scale, config.diffusion_batch_multiplier
         schedule = config.beta_schedule, config.zero_terminal_snr, config.prediction
         self.schedule = NoiseSchedule(*schedule)
-        self.levels = (0, 1000)  # of the timesteps that a loss draws
         self.time_embed = TimeEmbedding(w)
         self.cond_embed = nn.Linear(config.hidden_size, w)
         self.input_proj = nn.Linear(c, w)
@@ -501,31 +473,28 @@ class DiffusionHead(nn.Module):
         return self.denoise(noisy, self.modulations(self.time_embed(t) + self.cond_embed(hidden)))
 
     def loss(self, hidden: Tensor, latents: Tensor, t: Tensor | None = None,
-             noise: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+             noise: Tensor | None = None, generator: Generator | None = None,
+             levels: tuple[int, int] = (0, 1000)) -> Tensor:
         """Eq. 3: hidden (N, D), latents (N, C) -> squared error, averaged over everything.
 
         Each latent is noised `diffusion_batch_multiplier` times, unless t (N,) or noise (N, C) is
-        given. t is uniform over 0..999.
+        given. t is drawn uniformly from the range of `levels`.
         """
         if t is None and noise is None:
-            hidden = hidden.repeat(self.multiplier, 1)
-            latents = latents.repeat(self.multiplier, 1)
+            hidden, latents = (x.repeat(self.multiplier, 1) for x in (hidden, latents))
         clean = latents.float() * self.latent_scale
-        if noise is None:
-            noise = randn(clean.shape, clean, generator)
+        noise = randn(clean.shape, clean, generator) if noise is None else noise
         if t is None:
             device = generator.device if generator is not None else clean.device
-            t = torch.randint(*self.levels, clean.shape[:1], generator=generator, device=device)
+            t = torch.randint(*levels, clean.shape[:1], generator=generator, device=device)
         t = t.to(clean.device)
         output = self(self.schedule.add_noise(clean, noise, t), t, hidden)
         return F.mse_loss(output, self.schedule.target(clean, noise, t))
 
     def prepare(self, steps: int) -> tuple[Tensor, Tensor]:
         """Time embeddings (S, W), and DDIM's two coefficients of each step (S, 2)."""
-        t, a, b = zip(*self.schedule.ddim(steps), strict=True)
-        device = self.input_proj.weight.device
-        coefficients = torch.tensor([a, b], device=device).T
-        return self.time_embed(torch.tensor(t, device=device)), coefficients
+        plan = torch.tensor(self.schedule.ddim(steps), device=self.input_proj.weight.device)
+        return self.time_embed(plan[:, 0]), plan[:, 1:]
 
     def step(self, x: Tensor, weights, coefficients: Tensor, modulations) -> Tensor:
         """One step of DDIM for x (B, C): x <- a x + b output, the output guided."""
@@ -536,29 +505,23 @@ class DiffusionHead(nn.Module):
     def sample(self, hidden: Tensor, weights: tuple[float, ...] | Tensor = (1.0,), steps: int = 100,
                noise: Tensor | None = None, generator: Generator | None = None,
                prepared: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """DDIM: hidden (B, G, D) -> latents (B, C).
+        """DDIM, the outputs for the G contexts of a latent summed with weights that add up to 1.
 
-        The outputs for the G guidance contexts of a latent are summed with `weights` (G,), which
-        add up to 1. From step to step only x changes: the modulations, 70% of the head's weights,
-        are computed ahead of the loop, many steps in one product. `prepared` is what prepare(steps)
-        gave.
+        From step to step only x changes: the modulations, 70% of the head's weights, are computed
+        ahead of the loop, many steps in one product.
         """
         if noise is None:
             noise = randn((len(hidden), self.input_proj.in_features), hidden, generator)
         x = noise.float()
-        time, coefficients = prepared or self.prepare(steps)
-        condition = self.cond_embed(hidden.to(time.dtype))  # (B, G, W)
-        ahead = max(1, HOISTED_ROWS // hidden[..., 0].numel())  # steps in one product
-        for first in range(0, len(time), ahead):
-            y = time[first : first + ahead, None, None] + condition  # (ahead, B, G, W)
-            parts = [zip(*(m.unbind(0) for m in part), strict=True) for part in self.modulations(y)]
-            now = coefficients[first : first + ahead].unbind(0)
-            for pair, *modulations in zip(now, *parts, strict=True):
-                x = self.step(x, weights, pair, modulations)
+        times, coefficients = prepared or self.prepare(steps)
+        condition = self.cond_embed(hidden.to(times.dtype))  # (B, G, W)
+        ahead = max(1, self.hoisted_rows // hidden[..., 0].numel())  # steps in one product
+        for time, pairs in zip(times.split(ahead), coefficients.split(ahead), strict=True):
+            parts = self.modulations(time[:, None, None] + condition)  # each (ahead, B, G, W)
+            parts = [[m.unbind() for m in part] for part in parts]
+            for k, pair in enumerate(pairs.unbind()):
+                x = self.step(x, weights, pair, [[m[k] for m in part] for part in parts])
         return x / self.latent_scale
-
-
-HOISTED_ROWS = 4096  # rows of modulations held at once, 11 W numbers each: bounds the memory
 
 
 class RegressionHead(nn.Module):
@@ -579,7 +542,7 @@ class RegressionHead(nn.Module):
         """(.., D) -> latents (.., C) in scaled units."""
         return self.mlp(hidden.to(self.mlp[0].weight.dtype)).float()
 
-    def loss(self, hidden: Tensor, latents: Tensor, generator=None) -> Tensor:
+    def loss(self, hidden: Tensor, latents: Tensor, generator=None, levels=None) -> Tensor:
         """Hidden (N, D), latents (N, C) -> squared error in scaled units, without noise."""
         return F.mse_loss(self(hidden), latents.float() * self.latent_scale)
 
@@ -596,16 +559,16 @@ class TokenHead(nn.Module):
     def __init__(self, config: OrthusConfig, model: "Orthus"):
         super().__init__()
         self.model = (model,)  # in a tuple, so that it is not registered here
-        self.codes = slice(config.image_code_start, config.image_code_start + config.num_codes)
+        self.image_codes = model.vision_embedding.image_codes
 
     def init_weights(self) -> None: ...
 
     def prepare(self, steps: int) -> None: ...
 
-    def loss(self, hidden: Tensor, latents: Tensor, generator=None) -> Tensor:
+    def loss(self, hidden: Tensor, latents: Tensor, generator=None, levels=None) -> Tensor:
         """Cross-entropy of the nearest codes' tokens over the whole vocabulary."""
         (model,) = self.model
-        tokens = model.vision_embedding.codes(latents) + self.codes.start
+        tokens = model.vision_embedding.codes(latents) + self.image_codes.start
         return F.cross_entropy(model.lm_head(hidden).float(), tokens)
 
     @torch.no_grad()
@@ -613,7 +576,7 @@ class TokenHead(nn.Module):
         """A code drawn from the guided distribution over the K image tokens alone: the noise's
         first channel becomes the uniform number that picks it."""
         (model,) = self.model
-        logits = F.linear(hidden, model.lm_head.weight[self.codes])  # (B, G, K)
+        logits = F.linear(hidden, model.lm_head.weight[self.image_codes])  # (B, G, K)
         cumulative = guide(logits, weights).softmax(-1).cumsum(-1)  # (B, K)
         noise = randn((len(hidden), 1), hidden, generator) if noise is None else noise
         codes = torch.searchsorted(cumulative, torch.special.ndtr(noise[:, :1].float()))[:, 0]
@@ -672,8 +635,7 @@ class Orthus(nn.Module):
     def transformer(self, x: Tensor, visible: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings (B, T, D), visible (B, T) -> hidden (B, T, D) after the final norm.
 
-        Positions that are not visible are seen by no other and take no position. With a cache, the
-        T positions follow those already in it.
+        What is not visible is seen by no other position. With a cache, these T follow those in it.
         """
         if cache is None:
             slots, seen = torch.arange(x.shape[1], device=x.device).expand(len(x), -1), visible
@@ -706,14 +668,15 @@ class Orthus(nn.Module):
 
     def loss(self, tokens: Tensor, latents: Tensor, labels: Tensor,
              generator: Generator | None = None, targets: Tensor | None = None,
-             shares: tuple[float, float] = (1.0, 1.0)) -> OrthusLoss:
+             shares: tuple[float, float] = (1.0, 1.0),
+             levels: tuple[int, int] = (0, 1000)) -> OrthusLoss:
         """L = L_ar + lambda L_diff, stage 2's objective.
 
         labels (B, T) are unshifted: -100 is ignored, image_id stands at the placeholders of output
         images, whose latents alone enter the image loss, any other id is a text target. targets
-        (N, C) are the latents to predict where those that are read differ from them. shares: of a
-        whole step's text and image targets, how much this part of it holds, so that the totals of
-        its parts add up to the step's L.
+        (N, C) are the latents to predict where those that are read differ from them. shares: how
+        much of a whole step's text and image targets is here, so that the totals of its parts add
+        up to the step's L. levels: the range of noise levels of a diffusion head.
         """
         targets = latents if targets is None else targets
         hidden = self(tokens, latents)[:, :-1]  # (B, T-1, D): each predicts what comes next
@@ -726,8 +689,9 @@ class Orthus(nn.Module):
             text = shares[0] * F.cross_entropy(logits, labels[is_text])
         if is_output.any():
             wanted = F.pad(is_output, (1, 0))[tokens == self.config.image_id]  # (N,)
-            image = self.image_head.loss(hidden[is_output], targets[wanted], generator=generator)
-            image = shares[1] * image
+            image = shares[1] * self.image_head.loss(
+                hidden[is_output], targets[wanted], generator=generator, levels=levels
+            )
         return OrthusLoss(text + self.config.image_loss_weight * image, text, image)
 
     @classmethod
@@ -740,5 +704,4 @@ class Orthus(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config and weights into a checkpoint directory; its other parts are kept."""
-        config = {"model": dataclasses.asdict(self.config)}
-        checkpoint.write(directory, config, model=self.state_dict())
+        checkpoint.write(directory, {"model": asdict(self.config)}, model=self.state_dict())

@@ -4,17 +4,16 @@
     python sample.py --image picture.png --prompt "How many circles are there?"
     python sample.py --image picture.png --prompt "Make the circle blue."
     python sample.py --image before.png --image after.png --image other.png
-    python sample.py --image frame.png \\
-        --prompt "A red circle meets a blue star. Continue this story."
 
 The last token decides which head speaks: write_text goes on until every row has said <boi> or has
 ended, draw_image takes the diffusion head for the L latents of the rows at <boi>, <eoi> is
 appended, text goes on. Text-to-image, question answering, editing and stories are prompts, not
-modes. Reading order: requests and answers, guidance, the two loops, generate, the command line.
+modes. Reading order: requests and answers, guidance, the two loops, the command line.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -56,38 +55,14 @@ class Request:
 
 
 @dataclass
-class Event:
-    """What just happened to the answer of request number `request`.
-
-    text      content is the next piece of it
-    drawing   an image begins
-    image     content is the finished image, latents (L, C) what it was decoded from
-    note      content says what was forced or left out, and why
-    end       the answer is complete
-    """
-
-    request: int
-    kind: str
-    content: str | Image.Image = ""
-    latents: Tensor | None = None
-
-
-@dataclass
 class Answer:
-    """What the model wrote: text and images in order, and notes on what was forced or left out."""
+    """What the model wrote (so far): text and images in order, and what was forced or left out."""
 
     segments: list[Segment] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)  # (L, C) of each image
     notes: list[str] = field(default_factory=list)
+    drawing: bool = False  # an image has begun
     complete: bool = False
-
-    def add(self, event: Event) -> None:
-        if event.kind == "text" and self.segments and not self.segments[-1].is_image:
-            self.segments[-1].content += event.content
-        elif event.kind in ("text", "image"):
-            self.segments.append(Segment(event.content, output=True))
-        elif event.kind == "note":
-            self.notes.append(event.content)
-        self.complete = event.kind == "end"
 
     @property
     def text(self) -> str:
@@ -102,19 +77,14 @@ class Answer:
 class Options:
     """How to answer; None takes the checkpoint's default."""
 
-    steps: int | None = within(None, 1, 1000, "DDIM steps a latent (default: the checkpoint's)")
-    cfg_scale: float | None = within(None, 0, 100, "classifier-free guidance towards the whole "
-        "prompt; 1 is none (default: the checkpoint's)")
-    cfg_image: float | None = within(None, 0, 100, "guidance towards the images of the prompt where"
-        " the answer is an image too; 1 is none (default: the checkpoint's)")
+    steps: int | None = within(None, 1, 1000, "DDIM steps a latent")
+    cfg_scale: float | None = within(None, 0, 100, "guidance to the whole prompt; 1 is none")
+    cfg_image: float | None = within(None, 0, 100, "guidance to the prompt's images; 1 is none")
     temperature: float = within(0.0, 0, 100, "of text; 0 is greedy (default: 0)")
     top_p: float = within(1.0, 1e-6, 1, "nucleus of sampled text (default: 1)")
-    max_tokens: int | None = within(None, 1, 10**6, "budget of an answer, an image's latents "
-        "included (default: the checkpoint's)")
-    min_images: int = within(0, 0, 1000, "go on with an image where the answer would end with "
-        "fewer (default: 0)")
-    max_images: int | None = within(None, 0, 1000, "begin no image past so many (default: as many "
-        "as the budget holds)")
+    max_tokens: int | None = within(None, 1, 10**6, "of an answer, an image's latents included")
+    min_images: int = within(0, 0, 1000, "go on with an image where the answer would end")
+    max_images: int | None = within(None, 0, 1000, "begin no image past so many")
 
     def __post_init__(self):
         checkpoint.check_fields(self)
@@ -158,18 +128,14 @@ class Pipeline:
 
 def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None,
          vae: str | Path | None = None, compile: bool = False) -> Pipeline:
-    """Open a checkpoint in any layout, its autoencoder from `vae` where given.
-
-    dtype of the transformer: fp32 on a CPU, bf16 elsewhere, unless given. compile: the transformer
-    step and the head's step go through torch.compile.
-    """
+    """Open a checkpoint in any layout, its autoencoder from `vae` where given. The transformer is
+    in fp32 on a CPU, bf16 elsewhere, unless dtype says otherwise."""
     source = checkpoint.open_checkpoint(directory)
     other = source if vae is None else checkpoint.open_checkpoint(vae)
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     autoencoder = VQVAE.from_pretrained(other, device, torch.float32).eval()
     model = Orthus.from_pretrained(source, device, dtype).eval()
-    tokenizer = Tokenizer.from_pretrained(source)
     for name in ("latents_per_image", "latent_channels", "num_codes"):
         ours, theirs = getattr(model.config, name), getattr(autoencoder.config, name)
         if ours != theirs:
@@ -178,7 +144,7 @@ def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None,
     defaults = checkpoint.build(Generation, source.section("generation"), source)
     if compile:
         compile_steps(model)
-    return Pipeline(model, autoencoder, tokenizer, defaults)
+    return Pipeline(model, autoencoder, Tokenizer.from_pretrained(source), defaults)
 
 
 def compile_steps(model: Orthus) -> None:
@@ -191,9 +157,9 @@ def compile_steps(model: Orthus) -> None:
         reason = str(error).strip().split("\n")[0]
         print(f"warning: nothing is compiled ({reason}); going on without", file=sys.stderr)
         return
+    mode = "reduce-overhead" if device.type == "cuda" else None
     for part in (model, model.image_head):
         if hasattr(part, "step"):
-            mode = "reduce-overhead" if device.type == "cuda" else None
             part.step = torch.compile(part.step, mode=mode)
 
 
@@ -216,74 +182,61 @@ def contexts(request: Request, defaults: Generation,
     A context whose weight is 0 is left out.
     """
     here = asdict(defaults) | (defaults.interleaved if is_interleaved(request, options) else {})
+    images, has_text = request.images, len(request.images) < len(request.prompt)
     scale = here["cfg_scale"] if options.cfg_scale is None else options.cfg_scale
-    scale_image = scale if here["cfg_image"] is None else here["cfg_image"]
-    if options.cfg_image is not None:
-        scale_image = options.cfg_image
-    elif options.cfg_scale is not None:
-        has_text = len(request.images) < len(request.prompt)
-        # a prompt that counts for less, images too
-        scale_image = min(scale_image, scale) if has_text else scale
+    scale_image = options.cfg_image
+    if scale_image is None:
+        scale_image = scale if here["cfg_image"] is None else here["cfg_image"]
+        if options.cfg_scale is not None:  # where the prompt counts for less, its images do too
+            scale_image = min(scale_image, scale) if has_text else scale
     empty = [Segment(here["unconditional"])]
-    if not request.images:
-        rows = [(request.prompt, scale), (empty, 1 - scale)]
-    elif len(request.images) == len(request.prompt):  # no text: the full context is the images'
-        rows = [(request.prompt, scale_image), (empty, 1 - scale_image)]
-    else:
-        rows = [(request.prompt, scale), (request.images, scale_image - scale)]
-        rows.append((empty, 1 - scale_image))
-    return rows[:1] + [(segments, weight) for segments, weight in rows[1:] if weight != 0]
+    if images and has_text:
+        others = [(images, scale_image - scale), (empty, 1 - scale_image)]
+    else:  # the full context is the text's, or the images'
+        scale = scale_image if images else scale
+        others = [(empty, 1 - scale)]
+    return [(request.prompt, scale), *((prompt, weight) for prompt, weight in others if weight)]
 
 
 # --- The two loops -------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
 class Row:
     """One request and the state of its answer."""
 
-    request: Request
-    emit: Callable[..., None]  # kind, content
-    contexts: list[Sequence]  # prompts under which its images are predicted, the full one first
-    weights: tuple[float, ...]  # of these contexts
-    budget: int  # tokens it may still write
-    advice: str  # where these are too few
-    forced: int | None  # the next token, where it is not the model's choice
-    noise: torch.Generator  # image j takes its j-th randn(L, C)
-    rng: torch.Generator  # of sampled text
-    slots: list[int] = field(default_factory=list)  # its rows of the cache, one for each context
-    latents: Tensor | None = None  # (N, C) of the images in its prompt
-    ids: list[int] = field(default_factory=list)  # of the text being written
-    said: str = ""  # what of that text was given out
-    images: int = 0  # begun
-    refused: bool = False  # an image was left out, and that was said
-    done: bool = False
+    def __init__(self, pipeline: Pipeline, request: Request, options: Options,
+                 watch: Callable[[Answer], None] | None = None):
+        """Raises ValueError where the images that must be, or one word, do not fit."""
+        self.request, self.answer = request, Answer()
+        self.watch = watch  # told when the answer has grown
+        self.noise = torch.Generator().manual_seed(request.seed)  # image j: its j-th randn(L, C)
+        self.rng = torch.Generator().manual_seed(request.seed)  # of sampled text
+        self.ids: list[int] = []  # of the text being written
+        self.refused = False  # an image was left out, and that was said
+        self.slots: list[int] = []  # its rows of the cache, one for each context
+        self.latents: Tensor | None = None  # (N, C) of the images in its prompt
+        config, defaults = pipeline.model.config, pipeline.defaults
+        prompts, self.weights = zip(*contexts(request, defaults, options), strict=True)
+        # the prompts under which its images are predicted, the full one first
+        self.contexts = [layout(prompt, pipeline.tokenizer, config) for prompt in prompts]
+        first = defaults.image_first and not is_interleaved(request, options)
+        first = first and options.max_images != 0
+        self.forced = config.boi_id if first else None  # next token where the model has no choice
 
-
-def start_row(pipeline: Pipeline, request: Request, options: Options, emit) -> Row:
-    """The state of a request before its first token. Raises ValueError where the images that must
-    be, or one word, do not fit."""
-    config, defaults = pipeline.model.config, pipeline.defaults
-    prompts, weights = zip(*contexts(request, defaults, options), strict=True)
-    sequences = [layout(segments, pipeline.tokenizer, config) for segments in prompts]
-    size, prompt = config.latents_per_image + 2, len(sequences[0].tokens)
-    wanted = options.max_tokens
-    if wanted is None:  # the checkpoint's default, and more where more images are asked for
+        # the budget: what is asked for, else the checkpoint's, and more where images are asked for
+        size, prompt = config.latents_per_image + 2, len(self.contexts[0].tokens)
         most = max(options.min_images, options.max_images or 0)
-        wanted = max(defaults.max_tokens, most * size + defaults.max_tokens // 2)
-    budget = min(wanted, config.max_position_embeddings - prompt)
-    first = defaults.image_first and not is_interleaved(request, options)
-    first = first and options.max_images != 0
-    needed = max(options.min_images, int(first)) * size + 1
-    limit, advice = f"max tokens {wanted}, raise --max-tokens", "raise --max-tokens"
-    if budget < wanted:
-        limit, advice = f"context {config.max_position_embeddings}", "the context holds no more"
-    if budget < needed:
-        raise ValueError(f"a prompt of {prompt} tokens leaves room for {max(0, budget)} ({limit}), "
-                         f"the answer needs {needed}; shorten the prompt or ask for fewer images")
-    rngs = (torch.Generator().manual_seed(request.seed) for _ in range(2))
-    forced = config.boi_id if first else None
-    return Row(request, emit, sequences, weights, budget, advice, forced, *rngs)
+        default = max(defaults.max_tokens, most * size + defaults.max_tokens // 2)
+        wanted, context = options.max_tokens or default, config.max_position_embeddings
+        self.budget = min(wanted, context - prompt)  # tokens it may still write
+        self.limit = f"context {context}"  # what set the budget
+        if self.budget == wanted:
+            self.limit = f"max tokens {wanted}, raise --max-tokens"
+        needed = max(options.min_images, int(first)) * size + 1
+        if self.budget < needed:
+            raise ValueError(f"a prompt of {prompt} tokens leaves room for {max(0, self.budget)} "
+                             f"({self.limit}), the answer needs {needed}; shorten the prompt or "
+                             "ask for fewer images")
 
 
 def pick_token(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> int:
@@ -300,26 +253,22 @@ def pick_token(logits: Tensor, temperature: float, top_p: float, rng: torch.Gene
 def choose_token(row: Row, logits: Tensor, config: OrthusConfig, options: Options) -> int:
     """The next token of a row from its logits (V,): <boi> only where a whole image fits and one
     more is allowed, and instead of an end as long as images are missing."""
-    size, number = config.latents_per_image + 2, row.images + 1  # with <boi> and <eoi>
-    full = options.max_images is not None and row.images >= options.max_images
+    size, images = config.latents_per_image + 2, len(row.answer.images)  # with <boi> and <eoi>
+    note = f"image {images + 1} was "
+    full = options.max_images is not None and images >= options.max_images
     if full or row.budget < size + 1:  # <sep> must fit too
         if not row.refused and int(logits.argmax()) == config.boi_id:
-            row.refused = True
-            why = f"it takes {size + 1} tokens, {row.budget} are left; {row.advice}"
+            why = f"it takes {size + 1} tokens, {row.budget} are left ({row.limit})"
             why = f"--max-images is {options.max_images}" if full else why
-            row.emit("note", f"image {number} was left out: {why}")
+            row.answer.notes.append(f"{note}left out: {why}")
+            row.refused = True
         logits[config.boi_id] = float("-inf")
     token = pick_token(logits, options.temperature, options.top_p, row.rng)
-    missing = options.min_images - row.images
-    if missing <= 0 or token == config.boi_id:
+    missing, ends = options.min_images - images, token in (config.sep_id, config.eos_id)
+    if missing <= 0 or token == config.boi_id or (not ends and row.budget > missing * size + 1):
         return token
-    if token in (config.sep_id, config.eos_id):
-        why = "the model would have stopped"
-    elif row.budget - 1 < missing * size + 1:
-        why = f"{row.budget} tokens are left"
-    else:
-        return token
-    row.emit("note", f"image {number} was forced: {why}, --min-images is {options.min_images}")
+    why = "the model would have stopped" if ends else f"{row.budget} tokens are left"
+    row.answer.notes.append(f"{note}forced: {why}, --min-images is {options.min_images}")
     return config.boi_id
 
 
@@ -330,21 +279,20 @@ def write_text(pipeline: Pipeline, rows: list[Row], cache: KVCache, hidden: Tens
     hidden (cache rows, D) holds the last hidden state of each row and is brought up to date.
     """
     model, config = pipeline.model, pipeline.model.config
-    codes = torch.arange(config.image_code_start, config.image_code_start + config.num_codes)
-    never = torch.tensor([config.bos_id, config.pad_id, config.unk_id, config.eoi_id,
-                          config.image_id, *codes.tolist()], device=hidden.device)  # fmt: skip
+    codes = slice(config.image_code_start, config.image_code_start + config.num_codes)
+    never = [config.bos_id, config.pad_id, config.unk_id, config.eoi_id, config.image_id]
     while rows:
         if choosing := [row for row in rows if row.forced is None]:
             logits = model.lm_head(hidden[[row.slots[0] for row in choosing]]).float()  # (B, V)
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite; its weights are broken, or "
                                  "try --dtype float32")
-            logits[:, never] = float("-inf")
+            logits[:, codes] = logits[:, never] = float("-inf")
             for row, own in zip(choosing, logits, strict=True):
                 row.forced = choose_token(row, own, config, options)
         for row in rows:
             take_token(row, pipeline)
-        rows = [row for row in rows if not row.done and row.forced != config.boi_id]
+        rows = [row for row in rows if not (row.answer.complete or row.answer.drawing)]
         if rows:
             last, row_of = [row.forced for row in rows], [row.slots[0] for row in rows]
             x = model.embed_tokens(torch.tensor(last, device=hidden.device))
@@ -354,23 +302,23 @@ def write_text(pipeline: Pipeline, rows: list[Row], cache: KVCache, hidden: Tens
 
 
 def take_token(row: Row, pipeline: Pipeline) -> None:
-    """Charge a row for its next token, and give out what the text has grown by."""
-    config, token = pipeline.model.config, row.forced
+    """Charge a row for its next token; the last text of its answer becomes that of its tokens."""
+    config, token, answer = pipeline.model.config, row.forced, row.answer
     row.budget -= 1
-    row.done = token in (config.sep_id, config.eos_id)
-    if not row.done and token not in (config.boi_id, config.eoi_id):
+    ended = token in (config.sep_id, config.eos_id)
+    answer.complete, answer.drawing = ended or row.budget <= 0, token == config.boi_id
+    if not ended and token not in (config.boi_id, config.eoi_id):
         row.ids.append(token)
-    if cut := row.budget <= 0 and not row.done:
-        row.done = True
-    text = pipeline.tokenizer.decode(row.ids)
-    over = row.done or token == config.boi_id
-    if len(text) > len(row.said) and (over or not text.endswith("\ufffd")):  # half a character
-        row.emit("text", text[len(row.said) :])
-        row.said = text
-    if cut:
-        row.emit("note", f"the answer was cut: its tokens are used up; {row.advice}")
-    if row.done:
-        row.emit("end")
+    text, over = pipeline.tokenizer.decode(row.ids), answer.complete or answer.drawing
+    if text and (over or not text.endswith("\ufffd")):  # half a character
+        if not answer.segments or answer.segments[-1].is_image:
+            answer.segments.append(Segment("", output=True))
+        answer.segments[-1].content = text
+    if over:
+        row.ids = []
+    if answer.complete and not ended:
+        answer.notes.append(f"the answer was cut: its tokens are used up ({row.limit})")
+    row.watch(answer)
 
 
 def draw_image(pipeline: Pipeline, rows: list[Row], cache: KVCache, hidden: Tensor, steps: int,
@@ -382,7 +330,8 @@ def draw_image(pipeline: Pipeline, rows: list[Row], cache: KVCache, hidden: Tens
     """
     model, config = pipeline.model, pipeline.model.config
     size, device, shape = config.latents_per_image, hidden.device, (len(rows), len(rows[0].weights))
-    prefill(pipeline, [(row, g) for row in rows for g in range(1, shape[1])], cache)
+    if shape[1] > 1:
+        prefill(pipeline, [(row, g) for row in rows for g in range(1, shape[1])], cache)
     part = cache.select([slot for row in rows for slot in row.slots])
     boi = torch.full((len(part.rows),), config.boi_id, device=device)
     now = model.step(model.embed_tokens(boi), part)  # (B G, D)
@@ -390,9 +339,6 @@ def draw_image(pipeline: Pipeline, rows: list[Row], cache: KVCache, hidden: Tens
     noise = torch.stack(noise).to(device)  # (B, L, C)
     weights = torch.tensor(rows[0].weights, device=device)
     prepared = model.image_head.prepare(steps)
-    for row in rows:
-        row.ids, row.said = [], ""
-        row.emit("drawing")
     bar.total += size * len(rows)
     latents = []
     for n in range(size):
@@ -402,21 +348,21 @@ def draw_image(pipeline: Pipeline, rows: list[Row], cache: KVCache, hidden: Tens
         x = model.vision_embedding(latents[-1]).to(now.dtype)
         now = model.step(x.repeat_interleave(shape[1], 0), part)
         bar.update(len(rows))
+    bar.clear()  # what is printed next has the line to itself
     latents = torch.stack(latents, 1)  # (B, L, C)
     if not latents.isfinite().all():
         raise ValueError("a latent is not finite; the weights are broken, or try --dtype float32")
     hidden[[row.slots[0] for row in rows]] = now.unflatten(0, shape)[:, 0]
     images = pipeline.vae.decode(latents.to(pipeline.vae.post_quant_conv.weight.dtype))
     for row, image, drawn in zip(rows, images, latents, strict=True):
-        row.images, row.forced = row.images + 1, config.eoi_id
-        row.budget -= size
-        row.emit("image", to_image(image), drawn)
+        row.budget, row.forced, row.answer.drawing = row.budget - size, config.eoi_id, False
+        row.answer.segments.append(Segment(to_image(image), output=True))
+        row.answer.latents.append(drawn)
+        row.watch(row.answer)
 
 
-def prefill(pipeline: Pipeline, wanted: list[tuple[Row, int]], cache: KVCache) -> Tensor | None:
+def prefill(pipeline: Pipeline, wanted: list[tuple[Row, int]], cache: KVCache) -> Tensor:
     """Read contexts, (row, number of its context) -> the last hidden state of each (B, D)."""
-    if not wanted:
-        return None
     model, slots = pipeline.model, [row.slots[g] for row, g in wanted]
     sequences = [row.contexts[g] for row, g in wanted]
     blank = [Sequence(s.tokens, s.labels, []) for s in sequences]  # their images are encoded
@@ -432,75 +378,62 @@ def decode(pipeline: Pipeline, rows: list[Row], options: Options, bar: tqdm) -> 
     """Answer a batch of requests: text and images in turn, until all have ended."""
     model, config = pipeline.model, pipeline.model.config
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
-    if any(row.contexts[0].images for row in rows):
-        resolution, hub_pixels = pipeline.vae.config.resolution, pipeline.defaults.hub_pixels
-        prompts = [row.contexts[0] for row in rows]
-        images = collate(prompts, config, resolution, hub_pixels=hub_pixels).images.to(device)
-        latents = iter(pipeline.vae.encode(images))  # (L, C) each
-        for row, prompt in zip(rows, prompts, strict=True):
-            own = [next(latents) for _ in prompt.images]
-            row.latents = torch.cat(own) if own else None
+    prompts = [row.contexts[0] for row in rows]
+    images = collate(prompts, config, pipeline.vae.config.resolution,
+                     hub_pixels=pipeline.defaults.hub_pixels).images.to(device)  # fmt: skip
+    if len(images):
+        latents = pipeline.vae.encode(images).split([len(p.images) for p in prompts])
+        for row, own in zip(rows, latents, strict=True):  # (images of its prompt, L, C)
+            row.latents = own.flatten(0, 1)
     last = 0
     for row in rows:
         row.slots = list(range(last, last := last + len(row.contexts)))
     longest = max(len(s.tokens) for row in rows for s in row.contexts)
-    length = longest + max(row.budget for row in rows)
-    cache = KVCache(config, last, length, device, dtype)
+    cache = KVCache(config, last, longest + max(row.budget for row in rows), device, dtype)
     hidden = torch.zeros(last, config.hidden_size, device=device, dtype=dtype)
     hidden[[row.slots[0] for row in rows]] = prefill(pipeline, [(row, 0) for row in rows], cache)
     steps = options.steps or pipeline.defaults.steps
-    while rows := [row for row in rows if not row.done]:
+    while rows := [row for row in rows if not row.answer.complete]:
         write_text(pipeline, rows, cache, hidden, options)
-        drawing = [row for row in rows if not row.done]
+        drawing = [row for row in rows if row.answer.drawing]
         for weights in {row.weights: None for row in drawing}:
             alike = [row for row in drawing if row.weights == weights]
             draw_image(pipeline, alike, cache, hidden, steps, bar)
 
 
 def generate(pipeline: Pipeline, requests: list[Request], batch_size: int = 16,
-             progress: bool = True, watch: Callable[[Event], None] | None = None,
+             progress: bool = True, watch: Callable[[int, Answer], None] = lambda *_: None,
              **options) -> list[Answer]:
     """Answer requests, `batch_size` at a time; the other options are those of Options.
 
-    watch is called with every Event as it happens. A batch that does not fit the device's memory is
-    split. Raises ValueError, before anything is drawn, where a prompt leaves no room for an answer.
+    watch is told the number of a request and its answer when that has grown. A batch that does not
+    fit the device's memory is split. Raises ValueError where a prompt leaves no room for an answer.
     """
-    options, answers = Options(**options), [Answer() for _ in requests]
+    options = Options(**options)
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; want a whole number of 1 or more")
 
     def start(number: int) -> Row:
-        def emit(*what) -> None:
-            event = Event(number, *what)
-            answers[number].add(event)
-            if watch is not None:
-                if many or event.kind == "image":  # the caller may print
-                    bar.clear()
-                watch(event)
-
         try:
-            return start_row(pipeline, requests[number], options, emit)
+            return Row(pipeline, requests[number], options, functools.partial(watch, number))
         except ValueError as error:
             raise ValueError(f"request {number}: {error}") from None
 
-    many = len(requests) > 1
-    for number in range(len(requests)):
-        start(number)  # only to see that it fits
-    show = dict(disable=not progress, leave=False, delay=0.01)  # not before the first latent
-    with tqdm(total=0, desc="latents", **show) as bar:
-        size, first = batch_size, 0
-        while first < len(requests):
-            batch = [start(number) for number in range(len(requests))[first : first + size]]
+    rows, first = [start(number) for number in range(len(requests))], 0
+    with tqdm(total=0, desc="latents", disable=not progress, leave=False, delay=0.01) as bar:
+        while first < len(rows):
+            batch = rows[first : first + batch_size]
             try:
                 decode(pipeline, batch, options, bar)
                 first += len(batch)
-            except torch.OutOfMemoryError:  # the cache is allocated ahead of the first event
-                if any(answers[first + i].segments for i in range(len(batch))) or len(batch) == 1:
-                    flag = "--batch-size" if len(batch) > 1 else "--max-tokens"
-                    raise ValueError("the answers do not fit the memory of the device; lower "
-                                     f"{flag}, or try --dtype bfloat16") from None
-                size = len(batch) // 2
-    return answers
+            except torch.OutOfMemoryError:  # most likely in the cache, ahead of the first token
+                if len(batch) == 1 or any(row.answer.segments for row in batch):
+                    raise ValueError("the answers do not fit the device's memory; lower "
+                                     "--max-tokens, --batch-size, or --dtype") from None
+                batch_size = len(batch) // 2
+                for number in range(first, first + len(batch)):
+                    rows[number] = start(number)
+    return [row.answer for row in rows]
 
 
 def pick_device(name: str) -> torch.device:
@@ -520,7 +453,7 @@ def pick_device(name: str) -> torch.device:
 
 @dataclass
 class RequestLine:
-    """A line of a --requests file."""
+    """A line of a --requests file: text, paths, and a seed where it has its own."""
 
     prompt: str
     images: list[str] = field(default_factory=list)
@@ -528,33 +461,27 @@ class RequestLine:
 
     def __post_init__(self):
         checkpoint.check_fields(self)
+        self.segments = read_prompt(self.prompt, self.images)
 
 
 def read_requests(path: str, seed: int) -> list[tuple[str, Request]]:
-    """A jsonl file of {"prompt", "images": [paths], "seed"} -> (prompt text, Request)."""
+    """Each line's prompt as text and as a Request. Bytes that are not UTF-8 become surrogates,
+    which no field takes."""
     if not Path(path).is_file():
         raise ValueError(f"requests file {path} does not exist, or is no file")
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"requests file {path} is not UTF-8 ({error.reason})") from None
-    requests = []
-    for number, text in enumerate(lines, 1):
-        where = f"{path} line {number}"
-        if text.strip():
-            line = checkpoint.build(RequestLine, checkpoint.parse_json(text, where), where)
-            try:
-                prompt = read_prompt(line.prompt, line.images)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+    requests, text = [], Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    for number, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            where = f"{path} line {number}"
+            line = checkpoint.build(RequestLine, checkpoint.parse_json(content, where), where)
             own = seed if line.seed is None else line.seed
-            requests.append((line.prompt, Request(prompt, own)))
+            requests.append((line.prompt, Request(line.segments, own)))
     if not requests:
         raise ValueError(f"requests file {path} holds no request")
     return requests
 
 
-def warn_unknown_words(texts: list[str], words: list[str]) -> None:
+def warn_unknown_words(texts: set[str], words: list[str]) -> None:
     """A small model knows few words: name those it never saw."""
     said = {word.strip(".,?!;:\"'") for t in texts for word in t.replace("<image>", " ").split()}
     if words and (unknown := sorted(said - set(words) - {""})):
@@ -563,114 +490,92 @@ def warn_unknown_words(texts: list[str], words: list[str]) -> None:
 
 
 class Writer:
-    """Puts answers on the screen and on disk, in the order of the requests.
+    """Puts answers on the screen and on disk in the order of the requests, each as it grows.
 
-    Images of the first answer that is not complete are written at once; of those after it, what is
-    finished waits for its turn: images are numbered in prompt order, past those of the prompts. A
-    `live` answer is shown as it grows, others when they are complete (the progress bar would write
-    over half a line).
+    Images are numbered in that order too, past those of the prompts.
     """
 
     def __init__(self, pipeline: Pipeline, requests: list[tuple[str, Request]], args, results):
-        self.pipeline, self.requests, self.results = pipeline, requests, results
+        self.vae, self.requests, self.results = pipeline.vae, requests, results
         self.output, self.film = Path(args.output), args.film
         self.scale = args.scale or pipeline.defaults.scale
-        self.live, self.line, self.notes = len(requests) == 1 or args.batch_size == 1, "", []
         self.inputs = {os.path.realpath(s.content) for _, r in requests for s in r.images}
         self.answers = [Answer() for _ in requests]
         self.names: list[list[str]] = [[] for _ in requests]  # of the images written
-        self.waiting: list[list[Event]] = [[] for _ in requests]
-        self.turn = self.count = 0  # the request that is being written, the next image's number
+        self.turn = self.count = 0  # the answer that is being written, the next image's number
+        self.place = self.letters = 0  # of it: segments written, letters of the next one
 
-    def take(self, event: Event) -> None:
-        self.waiting[event.request].append(event)
-        while self.turn < len(self.requests) and self.waiting[self.turn]:
-            self.write(self.waiting[self.turn][0])
-            # only now: Ctrl-C may come in between
-            self.waiting[self.turn].pop(0)
-            self.turn += self.answers[self.turn].complete
+    def take(self, number: int, answer: Answer) -> None:
+        self.answers[number] = answer
+        while self.turn < len(self.answers) and self.write(self.answers[self.turn].complete):
+            pass  # what has waited for this
 
-    def write(self, event: Event) -> None:
-        number = event.request
-        answer, names = self.answers[number], self.names[number]
-        if event.kind == "image":
-            names.append(self.save(event))
-            self.say(names[-1])
-        elif event.kind == "text":
-            after_image = bool(answer.segments) and answer.segments[-1].is_image
-            self.say(" " * after_image + event.content)
-        elif event.kind == "drawing" and answer.segments:
-            self.say("\n")
-        elif event.kind == "note":
-            self.notes.append(f"note: request {number}: {event.content}")
-        answer.add(event)
-        if event.kind == "end":
-            self.end(number)
+    def write(self, over: bool) -> bool:
+        """Write what is new of the answer whose turn it is; where it is over, the turn passes."""
+        (prompt, request), answer = self.requests[self.turn], self.answers[self.turn]
+        names, seed = self.names[self.turn], f" (seed {request.seed})\n"
+        for segment in answer.segments[self.place :]:
+            if segment.is_image:
+                names.append(self.save(answer, len(names)))
+                self.say(names[-1] + seed)
+            else:
+                self.say(segment.content[self.letters :])
+                self.letters, is_last = len(segment.content), segment is answer.segments[-1]
+                if is_last and not over and not answer.drawing:
+                    break  # it may go on
+                self.say(seed if is_last and over else "\n")
+            self.place, self.letters = self.place + 1, 0
+        if over:
+            self.say("" if answer.segments or not answer.complete else seed)
+            for note in answer.notes:
+                print(f"note: request {self.turn}: {note}", file=sys.stderr)
+            if self.results and answer.complete:
+                line = dict(prompt=prompt, text=answer.text, images=names, seed=request.seed)
+                self.results.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                self.results.flush()
+            self.turn, self.place = self.turn + 1, 0
+        return over
 
-    def save(self, event: Event) -> str:
+    def say(self, text: str) -> None:
+        if not self.results:
+            print(text, end="", flush=True)
+
+    def save(self, answer: Answer, image: int) -> str:
         """Write an image under the next number that no image of a prompt has, and its film."""
         while os.path.realpath(path := self.output / f"{self.count:04d}.png") in self.inputs:
             self.count += 1
-        self.count += 1
         with checkpoint.whole_file(path) as file:
-            enlarge(event.content, self.scale).save(file, "PNG")
+            enlarge(answer.images[image], self.scale).save(file, "PNG")
         if self.film:
-            frames = [enlarge(f, self.scale) for f in film(self.pipeline.vae, event.latents)]
+            frames = [enlarge(f, self.scale) for f in film(self.vae, answer.latents[image])]
             with checkpoint.whole_file(path.with_suffix(".gif")) as file:
-                times = [150] * (len(frames) - 1) + [2000]
-                frames[0].save(file, "GIF", save_all=True, append_images=frames[1:],
-                               duration=times, loop=0)  # fmt: skip
+                frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                               duration=[150] * (len(frames) - 1) + [2000])  # fmt: skip
+        self.count += 1
         return str(path)
 
-    def say(self, text: str) -> None:
-        self.line += text
-        if not self.results and (self.live or text.endswith("\n")):
-            print(self.line, end="", flush=True)
-            self.line = ""
-        if text.endswith("\n"):
-            print("".join(note + "\n" for note in self.notes), end="", file=sys.stderr)
-            self.notes = []
-
-    def end(self, number: int) -> None:
-        text, request = self.requests[number]
-        answer, names = self.answers[number], self.names[number]
-        self.say(f" (seed {request.seed})\n")
-        if self.results and answer.complete:
-            line = {"prompt": text, "text": answer.text, "images": names, "seed": request.seed}
-            self.results.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            self.results.flush()
-
     def finish(self) -> None:
-        """Write what is finished of answers that are not complete, and the story."""
-        for number in range(self.turn, len(self.requests)):
-            for event in self.waiting[number]:
-                self.write(event)
-            if self.answers[number].segments and not self.answers[number].complete:
-                self.end(number)
-        self.write_story()
-
-    def write_story(self) -> None:
-        """story.md and story.png, where an answer holds text and images, or several images."""
-        told = [i for i, a in enumerate(self.answers) if a.images and len(a.segments) > 1]
+        """Write what there is of answers that are not complete; then story.md and story.png of
+        those that hold text and images, or several images."""
+        while self.turn < len(self.answers):
+            self.write(over=True)
         lines, rows = [], []
-        for i in told:
-            text, request = self.requests[i]
-            names = (f"![]({Path(name).name})" for name in self.names[i])
-            in_front = [] if "<image>" in text else ["<image>"] * len(request.images)
-            said = " ".join([*in_front, *text.split()]).replace("<image>", "`<image>`")
-            told_as = [next(names) if s.is_image else s.content.strip()
-                       for s in self.answers[i].segments]  # fmt: skip
-            lines += [f"> {said}", *told_as]
-            rows.append(captioned(request.prompt) + captioned(self.answers[i].segments))
-        if told:
-            size = enlarge(self.answers[told[0]].images[0], self.scale).size
+        everything = zip(self.requests, self.answers, self.names, strict=True)
+        for (_, request), answer, names in everything:
+            if answer.images and len(answer.segments) > 1:
+                asked = ["`<image>`" if s.is_image else s.content for s in request.prompt]
+                lines.append("> " + " ".join(" ".join(asked).split()))
+                links = (f"![]({Path(name).name})" for name in names)
+                lines += [next(links) if s.is_image else s.content.strip() for s in answer.segments]
+                rows.append(captioned(request.prompt) + captioned(answer.segments))
+        if rows:
             page, picture = self.output / "story.md", self.output / "story.png"
             while os.path.realpath(picture) in self.inputs:
                 picture = picture.with_stem(picture.stem + "_")
             with checkpoint.whole_file(page) as file:
                 file.write("\n\n".join([*lines, ""]).encode())
             with checkpoint.whole_file(picture) as file:
-                sheet(rows, size).save(file, "PNG")
+                sheet(rows, enlarge(rows[0][-1][0], self.scale).size).save(file, "PNG")
             print(f"{page} {picture}")
 
 
@@ -685,36 +590,30 @@ def film(vae: VQVAE, latents: Tensor) -> list[Image.Image]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = checkpoint.Parser(
-        description=__doc__.split("The last token")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='example: python sample.py --prompt "two green squares" --num-images 4 --seed 7',
-    )
+    description, raw = __doc__.split("The last token")[0], argparse.RawDescriptionHelpFormatter
+    parser = checkpoint.Parser(description=description, formatter_class=raw)
     add, whole = parser.add_argument, checkpoint.number
     add("--prompt", action="append", default=[], help="what to draw or answer; repeatable")
     add("--image", action="append", default=[], metavar="FILE",
         help="an image of the prompt, in front of the text or where it says <image>; repeatable")
     add("--requests", metavar="FILE",
         help='answer a jsonl file of {"prompt", "images", "seed"}, write results.jsonl')
-    add("--checkpoint", default=str(Path(__file__).parent / "checkpoints" / "tiny"), metavar="DIR")
-    add("--vae", metavar="DIR", help="take the autoencoder from this checkpoint (any layout) or "
-        "vqgan.ckpt, for those that ship no decoder")
+    add("--checkpoint", default=str(Path(__file__).parent / "checkpoints" / "tiny"), metavar="DIR",
+        help="its config.json has the defaults of steps, guidance and tokens (default: tiny)")
+    add("--vae", metavar="DIR", help="a checkpoint to take the autoencoder from, or vqgan.ckpt")
     add("--output", default="outputs", metavar="DIR", help="where PNGs go (default: outputs)")
-    add("--num-images", type=whole(int, 1, 10**4), default=1, metavar="N", help="answers per "
-        "prompt, each with the next seed (default: 1)")
+    add("--num-images", type=whole(int, 1, 10**4), default=1, metavar="N",
+        help="answers per prompt, each with the next seed (default: 1)")
     add("--seed", type=whole(int, 0, 2**31), default=0, metavar="N", help="default: 0")
     checkpoint.add_flags(parser, Options)
     add("--film", action="store_true", help="write 0000.gif beside 0000.png: one frame a latent")
-    add("--scale", type=whole(int, 1, 64), metavar="N", help="enlarge PNGs for viewing; 1 writes "
-        "the model's own pixels (default: the checkpoint's)")
-    add("--batch-size", type=whole(int, 1, 4096), default=16, metavar="N", help="requests at a "
-        "time; fewer where the memory of a GPU does not hold so many (default: 16)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto, an "
-        "accelerator where there is one)")
+    add("--scale", type=whole(int, 1, 64), metavar="N", help="enlarge PNGs (1: as the model drew)")
+    add("--batch-size", type=whole(int, 1, 4096), default=16, metavar="N",
+        help="requests at a time; fewer where a GPU's memory holds fewer (default: 16)")
+    add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda:1, ...")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the transformer (default: float32 on a CPU, bfloat16 elsewhere)")
-    add("--compile", action="store_true", help="torch.compile the head's step and the "
-        "transformer's: slow to start, faster where many pictures follow")
+    add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     args = parser.parse_args(argv)
     if bool(args.prompt or args.image) == bool(args.requests):
         parser.error("give --prompt (with or without --image), or --requests FILE")
@@ -727,9 +626,8 @@ def budget_line(pipeline: Pipeline, rows: list[Row], most: int | None) -> str:
     """What fits the least of the answers, in words."""
     size, tokens = pipeline.model.config.latents_per_image + 2, min(row.budget for row in rows)
     fit = (tokens - 1) // size
-    if most is not None and most > fit:
-        return f"budget: only {fit} of {most} images x {size} fit {tokens} tokens"
-    return f"budget: {fit if most is None else most} images x {size} + text fits {tokens}"
+    images = fit if most is None else most if most <= fit else f"only {fit} of {most}"
+    return f"budget: {images} images x {size} + text fits {tokens}"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -738,46 +636,39 @@ def run(args: argparse.Namespace) -> None:
     if not args.output or (output.exists() and not output.is_dir()):
         raise ValueError(f"--output is {args.output!r}, not a directory; give one")
     results = output / "results.jsonl"
-    if args.requests and os.path.realpath(results) == os.path.realpath(args.requests):
-        raise ValueError(f"the answers would overwrite {args.requests}; give another --output")
     if args.requests:
+        if os.path.realpath(results) == os.path.realpath(args.requests):
+            raise ValueError(f"the answers would overwrite {args.requests}; give another --output")
         requests = read_requests(args.requests, args.seed)
     else:
         prompts = [(text, read_prompt(text, args.image)) for text in args.prompt or [""]]
         seeds = range(args.seed, args.seed + args.num_images)
         requests = [(text, Request(prompt, seed)) for text, prompt in prompts for seed in seeds]
-    given = {name: getattr(args, name) for name in vars(Options())}
-    options = {name: value for name, value in given.items() if value is not None}
-    Options(**options)  # may raise, before anything is loaded
+    given = {name: value for name in vars(Options()) if (value := getattr(args, name)) is not None}
+    options = Options(**given)  # may raise, before anything is loaded
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pipeline = load(args.checkpoint, device, dtype, args.vae, args.compile)
-    rows = [start_row(pipeline, r, Options(**options), None) for _, r in requests]
-    warn_unknown_words([text for text, _ in requests], pipeline.defaults.words)
+    rows = [Row(pipeline, request, options) for _, request in requests]
+    warn_unknown_words({text for text, _ in requests}, pipeline.defaults.words)
     if args.min_images or args.max_images:
         print(budget_line(pipeline, rows, args.max_images))
     output.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(checkpoint.lock(output))
-        file = None
-        if args.requests:
-            file = stack.enter_context(checkpoint.whole_file(results, keep=True))
-        writer = Writer(pipeline, requests, args, file)
+    lines = checkpoint.whole_file(results, True) if args.requests else contextlib.nullcontext()
+    with checkpoint.lock(output), lines as file:
+        writer, (_, prompts) = Writer(pipeline, requests, args, file), zip(*requests, strict=True)
         try:
-            wanted = [request for _, request in requests]
-            generate(pipeline, wanted, args.batch_size, watch=writer.take, **options)
+            generate(pipeline, prompts, args.batch_size, watch=writer.take, **given)
         finally:
             writer.finish()
     if args.requests:
-        images = sum(map(len, writer.names))
-        print(f"{results}: {len(requests)} answers, {images} images")
+        print(f"{results}: {len(requests)} answers, {sum(map(len, writer.names))} images")
     print(f"{time.time() - started:.1f} seconds")
 
 
 def main() -> None:
     args = parse_args()
-    checkpoint.command_line(
-        "sample.py", lambda: run(args), f"interrupted; what was finished is in {args.output}"
-    )
+    interrupted = f"interrupted; what was finished is in {args.output}"
+    checkpoint.command_line("sample.py", lambda: run(args), interrupted)
 
 
 if __name__ == "__main__":

@@ -22,24 +22,15 @@ from data import Segment
 # --- Scenes --------------------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle", "star")
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (45, 80, 220),
-    "yellow": (240, 200, 30),
-    "purple": (150, 60, 190),
-    "orange": (245, 130, 30),
-}
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (45, 80, 220),
+           "yellow": (240, 200, 30), "purple": (150, 60, 190), "orange": (245, 130, 30)}
 BACKGROUND = (250, 248, 242)
 UNSEEN = {("purple", "star"), ("green", "triangle")}  # never in training, asked for in evaluation
 REACH = {"circle": 1.0, "square": 1.15, "triangle": 1.2, "star": 1.25}  # circumradius / r
-RELATIONS = {  # name: (unit step from the second object to the first), y pointing down
-    "left of": (-1, 0),
-    "right of": (1, 0),
-    "above": (0, -1),
-    "below": (0, 1),
-}
+# unit steps from the second object to the first, y pointing down
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 CANVAS, GAP, OVERSAMPLE = 64, 3, 4  # pixels of a picture's side, pixels between things, times
+FONT = ImageFont.load_default(size=9.7 * OVERSAMPLE)  # whose digits are 7 canvas pixels high
 
 
 @dataclass(frozen=True)
@@ -77,59 +68,43 @@ def with_article(name: str) -> str:
 
 def outline(thing: Thing) -> list[tuple[float, float]]:
     """Corners of a polygonal thing, in pixels, y pointing down."""
-    if thing.shape == "star":
-        radii = [thing.reach, 0.52 * thing.r] * 5
-    else:
-        radii = [thing.reach] * {"square": 4, "triangle": 3}[thing.shape]
+    outer, inner = [thing.reach], [0.52 * thing.r]
+    radii = {"square": outer * 4, "triangle": outer * 3, "star": (outer + inner) * 5}[thing.shape]
     first = -math.pi / 4 if thing.shape == "square" else -math.pi / 2  # axis-aligned / one point up
     angles = [first + thing.angle + 2 * math.pi * i / len(radii) for i in range(len(radii))]
-    return [
-        (thing.x + radius * math.cos(a), thing.y + radius * math.sin(a))
-        for radius, a in zip(radii, angles, strict=True)
-    ]
+    corners = zip(radii, angles, strict=True)
+    return [(thing.x + r * math.cos(a), thing.y + r * math.sin(a)) for r, a in corners]
 
 
 def render(things: Scene) -> Image.Image:
     """Draw a scene at four times its size and box-filter it down: 64 x 64 RGB, anti-aliased."""
-    k = OVERSAMPLE
-    image = Image.new("RGB", (CANVAS * k, CANVAS * k), BACKGROUND)
+    image = Image.new("RGB", (CANVAS * OVERSAMPLE,) * 2, BACKGROUND)
     draw = ImageDraw.Draw(image)
     for t in things:
         if t.shape == "circle":
-            box = [(t.x - t.r) * k, (t.y - t.r) * k, (t.x + t.r) * k, (t.y + t.r) * k]
-            draw.ellipse(box, fill=t.rgb)
+            box = t.x - t.r, t.y - t.r, t.x + t.r, t.y + t.r
+            draw.ellipse([v * OVERSAMPLE for v in box], fill=t.rgb)
         else:
-            draw.polygon([(x * k, y * k) for x, y in outline(t)], fill=t.rgb)
+            draw.polygon([v * OVERSAMPLE for corner in outline(t) for v in corner], fill=t.rgb)
         if t.digit is not None:
-            draw.text((t.x * k, t.y * k), str(t.digit), "white", digit_font(), anchor="mm")
+            centre = t.x * OVERSAMPLE, t.y * OVERSAMPLE
+            draw.text(centre, str(t.digit), "white", FONT, anchor="mm")
     return image.resize((CANVAS, CANVAS), Image.Resampling.BOX)
-
-
-@functools.cache
-def digit_font() -> ImageFont.FreeTypeFont:
-    """Pillow's default font at the size whose digits are 7 canvas pixels high."""
-    return ImageFont.load_default(size=9.7 * OVERSAMPLE)
 
 
 def digit_mask(things: Scene) -> Image.Image | None:
     """Where digits stand: 64 x 64 "L", 255 inside their boxes; None where there are none."""
-    if all(t.digit is None for t in things):
-        return None
-    mask = Image.new("L", (CANVAS, CANVAS))
-    for t in things:
-        if t.digit is not None:
-            ImageDraw.Draw(mask).rectangle([t.x - 3.5, t.y - 4, t.x + 3, t.y + 3.5], 255)
-    return mask
+    digits, mask = [t for t in things if t.digit is not None], Image.new("L", (CANVAS, CANVAS))
+    for t in digits:
+        ImageDraw.Draw(mask).rectangle([t.x - 3.5, t.y - 4, t.x + 3, t.y + 3.5], 255)
+    return mask if digits else None
 
 
 def fits(x: float, y: float, reach: float, others: Scene) -> bool:
     """Whether a thing is inside the canvas and GAP apart from the others."""
     low, high = reach + 1, CANVAS - 1 - reach
-    return (
-        low <= x <= high
-        and low <= y <= high
-        and all(math.hypot(x - t.x, y - t.y) >= reach + t.reach + GAP for t in others)
-    )
+    apart = all(math.hypot(x - t.x, y - t.y) >= reach + t.reach + GAP for t in others)
+    return low <= min(x, y) and max(x, y) <= high and apart
 
 
 def shade(colour: str, rng: random.Random) -> tuple[int, ...]:
@@ -141,8 +116,7 @@ def drop(colour: str, shape: str, things: Scene, rng: random.Random) -> Thing | 
     for _ in range(20):
         r = rng.uniform(6, 11)
         reach = r * REACH[shape]
-        x = rng.uniform(reach + 1, CANVAS - 1 - reach)
-        y = rng.uniform(reach + 1, CANVAS - 1 - reach)
+        x, y = (rng.uniform(reach + 1, CANVAS - 1 - reach) for _ in range(2))
         if fits(x, y, reach, things):
             return Thing(shape, colour, x, y, r, rng.uniform(-0.25, 0.25), shade(colour, rng))
     return None
@@ -212,22 +186,19 @@ class ShapesConfig:
 
     def __post_init__(self):
         checkpoint.check_fields(self)
-        known = {"tasks": TASKS, "captions": CAPTIONS, "questions": QUESTIONS, "edits": EDITS}
+        known = {"tasks": TASKS, "captions": CAPTIONS, "questions": QUESTIONS, "edits": EDITS,
+                 "shapes": SHAPES, "colours": COLOURS}
         problems = []
         for name, kinds in known.items():
-            weights = getattr(self, name)
-            if not (any(weights.values()) and set(weights) <= set(kinds)):
-                problems.append(f"{name} is {weights}; want one or more of {', '.join(kinds)}")
-        for name, kinds in ("shapes", SHAPES), ("colours", COLOURS):
-            own = getattr(self, name)
-            if not (len(own) == len(set(own)) >= 2 and set(own) <= set(kinds)):
-                problems.append(f"{name} is {list(own)}; want two or more of {', '.join(kinds)}")
+            own, least = getattr(self, name), "two" if name in ("shapes", "colours") else "one"
+            enough = any(own.values()) if least == "one" else len(own) == len(set(own)) >= 2
+            if not (enough and set(own) <= set(kinds)):
+                problems.append(f"{name} is {own}; want {least} or more of {', '.join(kinds)}")
         pairs = {(colour, shape) for colour in self.colours for shape in self.shapes} - UNSEEN
+        # "Is there a red star?" needs one that is not there
         if not problems and len(pairs) <= max(2, self.max_objects):
-            problems.append(  # "Is there a red star?" needs one that is not there
-                f"shapes and colours make {len(pairs)} combinations for training; want more than "
-                f"max_objects, which is {self.max_objects}"
-            )
+            problems.append(f"shapes and colours make {len(pairs)} combinations for training; want "
+                            f"more than max_objects, which is {self.max_objects}")
         asked = self.tasks.get("understanding") and self.questions.get("digit")
         if asked and self.digits < 0.01:  # a scene with a digit would never be found
             problems.append(f"digits is {self.digits}, yet questions ask for them; want 0.01 to 1")
@@ -292,10 +263,8 @@ def singles(things: Scene) -> Scene:
 
 
 def ask_colour(rng: random.Random, things: Scene, config: ShapesConfig) -> Answered:
-    if not (single := singles(things)):
-        return None
-    thing = rng.choice(single)
-    return f"What colour is the {thing.shape}?", thing.colour
+    thing = rng.choice(single) if (single := singles(things)) else None
+    return thing and (f"What colour is the {thing.shape}?", thing.colour)
 
 
 def ask_exists(rng: random.Random, things: Scene, config: ShapesConfig) -> Answered:
@@ -331,10 +300,9 @@ def ask_relation(rng: random.Random, things: Scene, config: ShapesConfig) -> Ans
 
 
 def ask_digit(rng: random.Random, things: Scene, config: ShapesConfig) -> Answered:
-    if not (single := [t for t in singles(things) if t.digit is not None]):
-        return None
-    thing = rng.choice(single)
-    return f"Which digit is on the {thing.shape}?", str(thing.digit)
+    single = [t for t in singles(things) if t.digit is not None]
+    thing = rng.choice(single) if single else None
+    return thing and (f"Which digit is on the {thing.shape}?", str(thing.digit))
 
 
 def ask_describe(rng: random.Random, things: Scene, config: ShapesConfig) -> Answered:
@@ -357,11 +325,9 @@ class Edit:
 
     @property
     def instruction(self) -> str:
-        if self.kind == "recolour":
-            return f"Make the {self.shape} {self.colour}."
-        if self.kind == "remove":
-            return f"Remove the {self.shape}."
-        return f"Add {with_article(f'{self.colour} {self.shape}')}."
+        name = with_article(f"{self.colour} {self.shape}")
+        return {"recolour": f"Make the {self.shape} {self.colour}.",
+                "remove": f"Remove the {self.shape}.", "add": f"Add {name}."}[self.kind]
 
     def apply(self, things: Scene, rng: random.Random, max_objects: int = 4) -> Scene | None:
         """The scene after the edit, all else as it was; None where the edit makes no sense."""
@@ -386,10 +352,9 @@ def story_moves(scene: Scene) -> list[tuple[str, Scene]]:
     for i, actor in enumerate(scene):
         others = scene[:i] + scene[i + 1 :]
         for way, (dx, dy) in MOVES.items():
-            moved = replace(actor, x=actor.x + STRIDE * dx, y=actor.y + STRIDE * dy)
-            if fits(moved.x, moved.y, moved.reach, others):
-                sentence = f"The {actor.name} moves {way}."
-                moves.append((sentence, [*scene[:i], moved, *scene[i + 1 :]]))
+            new = replace(actor, x=actor.x + STRIDE * dx, y=actor.y + STRIDE * dy)
+            if fits(new.x, new.y, new.reach, others):
+                moves.append((f"The {actor.name} moves {way}.", [*scene[:i], new, *scene[i + 1 :]]))
     return moves
 
 
@@ -424,17 +389,14 @@ class Shapes:
             if self.allow_unseen or pair not in UNSEEN:
                 return pair
 
-    def some_things(self, rng: random.Random) -> Scene:
-        """One to max_objects things of any kind."""
-        return self.things(rng, rng.randint(1, self.config.max_objects))
-
-    def things(self, rng: random.Random, number: int) -> Scene:
+    def things(self, rng: random.Random, least: int = 1) -> Scene:
+        """So many things, up to max_objects, of any kind."""
+        number = rng.randint(least, self.config.max_objects)
         return place([self.pick(rng) for _ in range(number)], rng)
 
     def random_scene(self, rng: random.Random) -> Scene:
-        """min_objects to max_objects things, a share of the large ones with digits."""
-        number = rng.randint(self.config.min_objects, self.config.max_objects)
-        return write_digits(self.things(rng, number), rng, self.config.digits)
+        """A scene of no task, a share of the large things with digits."""
+        return write_digits(self.things(rng, self.config.min_objects), rng, self.config.digits)
 
     def image(self, rng: random.Random, kind: str = "image") -> Example:
         things = self.random_scene(rng)
@@ -442,32 +404,23 @@ class Shapes:
 
     def text_to_image(self, rng: random.Random, kind: str) -> Example:
         """A caption of one of GenEval's six kinds and a scene it is true of."""
-        (c1, s1), (c2, s2) = self.pick(rng), self.pick(rng)
-        accept = None
-        if kind == "one object":
-            caption, wanted = with_article(s1), [(c1, s1)]
-        elif kind == "two objects":
-            while s2 == s1:
-                c2, s2 = self.pick(rng)
-            caption, wanted = f"{with_article(s1)} and {with_article(s2)}", [(c1, s1), (c2, s2)]
-        elif kind == "counting":
+        named = kind not in ("one object", "two objects")  # these captions name no colour
+        wanted, accept = [self.pick(rng), self.pick(rng)], None
+        differ = {"two objects": 1, "position": 0, "binding": 0}.get(kind)  # in shape, in colour
+        while differ is not None and wanted[0][differ] == wanted[1][differ]:
+            wanted[1] = self.pick(rng)
+        one, two = (" ".join(pair) if named else pair[1] for pair in wanted)
+        if kind == "counting":
             n = rng.randint(2, self.config.max_objects)
-            caption, wanted = f"{COUNTS[n]} {c1} {s1}s", [(c1, s1)] * n
-        elif kind == "colours":
-            caption, wanted = with_article(f"{c1} {s1}"), [(c1, s1)]
+            caption, wanted = f"{COUNTS[n]} {one}s", wanted[:1] * n
+        elif kind in ("one object", "colours"):
+            caption, wanted = with_article(one), wanted[:1]
         else:
-            while c2 == c1:
-                c2, s2 = self.pick(rng)
-            wanted = [(c1, s1), (c2, s2)]
-            first, second = with_article(f"{c1} {s1}"), with_article(f"{c2} {s2}")
-            if kind == "binding":
-                caption = f"{first} and {second}"
-            else:
-                word = rng.choice(list(RELATIONS))
-                caption, accept = f"{first} {word} {second}", lambda t: relation(*t) == word
+            word = rng.choice(list(RELATIONS)) if kind == "position" else "and"
+            caption = f"{with_article(one)} {word} {with_article(two)}"
+            accept = (lambda t: relation(*t) == word) if kind == "position" else None
         things = place(wanted, rng, accept)
         rng.shuffle(things)
-        named = kind not in ("one object", "two objects")  # these captions name no colour
         unseen = named and any(t.unseen for t in things)
         segments = [Segment(caption), picture(things, output=True)]
         return Example("text_to_image", kind, segments, things, unseen)
@@ -489,7 +442,7 @@ class Shapes:
             if len(asked) == turns:
                 break
             pair = ASK[weighted_choice(rng, config.questions)](rng, things, config)
-            if pair is not None and pair not in asked:  # again, it could be copied
+            if pair not in (None, *asked):  # asked again, it could be copied
                 asked.append(pair)
         segments = [picture(things)]
         for question, answer in asked:
@@ -507,21 +460,19 @@ class Shapes:
 
     def editing(self, rng: random.Random, kind: str) -> Example:
         """A scene and an instruction; to draw: the scene with this one change."""
-        while True:
-            things = self.some_things(rng)
-            if found := self.edit(rng, things, kind):
-                edit, after = found
-                unseen = (edit.colour, edit.shape) in UNSEEN
-                segments = [picture(things), Segment(edit.instruction), picture(after, output=True)]
-                return Example("editing", kind, segments, after, unseen, things)
+        while not (found := self.edit(rng, things := self.things(rng), kind)):
+            pass
+        edit, after = found
+        segments = [picture(things), Segment(edit.instruction), picture(after, output=True)]
+        unseen = (edit.colour, edit.shape) in UNSEEN
+        return Example("editing", kind, segments, after, unseen, things)
 
     def difference(self, rng: random.Random, kind: str) -> Example:
         """An edit told backwards: the scene before and after it, and what was done."""
         edit = self.editing(rng, kind)
-        before, instruction, after = edit.segments
+        before, told, after = edit.segments
         segments = [before, replace(after, output=False), Segment("What changed?")]
-        segments.append(replace(instruction, output=True))
-        return replace(edit, task="difference", segments=segments)
+        return replace(edit, task="difference", segments=[*segments, replace(told, output=True)])
 
     def in_context(self, rng: random.Random, kind: str) -> Example:
         """A scene, the same after an edit, another scene; to draw: the same edit of the other one.
@@ -530,7 +481,7 @@ class Shapes:
         has the colour that it had.
         """
         while True:
-            things, other = self.some_things(rng), self.some_things(rng)
+            things, other = self.things(rng), self.things(rng)
             found = self.edit(rng, things, kind)
             if not found or not (answer := found[0].apply(other, rng, self.config.max_objects)):
                 continue
@@ -539,8 +490,7 @@ class Shapes:
             if kind != "add" and any(t.colour in old and t.shape != edit.shape for t in other):
                 continue
             unseen = (edit.colour, edit.shape) in UNSEEN
-            segments = [picture(scene) for scene in (things, after, other)]
-            segments.append(picture(answer, output=True))
+            segments = [*map(picture, (things, after, other)), picture(answer, output=True)]
             return Example("in_context", kind, segments, answer, unseen, other)
 
     def story(self, rng: random.Random, kind: str = "story") -> Example:
@@ -559,12 +509,9 @@ class Shapes:
         return Example("story", kind, segments, scene, unseen, start)
 
 
-# --- For the tokenizer ---------------------------------------------------------------------------
-
-
 @functools.cache
 def shapes_texts(config: ShapesConfig | None = None) -> list[str]:
-    """What a Shapes world may say, the unseen combinations too."""
+    """What a Shapes world may say, the unseen combinations too: what a tokenizer learns from."""
     world = Shapes(0, config, allow_unseen=True)
     said = (segment.content for i in range(4000) for segment in world.example(i))
     return [*(text for text in said if isinstance(text, str)), "Generate an image.", *"0123456789"]

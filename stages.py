@@ -109,16 +109,16 @@ class TrainConfig:
 
 
 BATCHES = dict(batch_size=96, micro_batches=3, optimizer="muon")
-NANO_BATCHES = dict(lr=2e-3, optimizer="muon", ema=0.995)
+NANO_BATCHES = dict(batch_size=32, lr=2e-3, optimizer="muon", ema=0.995)
 PRESETS = {
     "nano": {
         "vae": dict(steps=1000, batch_size=16, lr=4e-3, optimizer="muon", ema=0.995,
-                    latent_noise=0.15, isotropy=0.02, commitment=0.02, edge_weight=4.0),
-        "decoder": dict(steps=100, batch_size=16, lr=5e-4, latent_noise=0.15, edge_weight=4.0),
-        "chameleon": dict(seed=1, steps=300, image_loss_weight=1.0) | NANO_BATCHES,
-        "base": dict(seed=2, steps=150, mixed_codes=50.0) | NANO_BATCHES,
-        "posttrain": dict(seed=3, steps=2000, image_loss_weight=2.0, input_noise=0.25)
-        | NANO_BATCHES,
+                    latent_noise=0.3, isotropy=0.02, commitment=0.02, edge_weight=4.0),
+        "decoder": dict(steps=100, batch_size=16, lr=5e-4, latent_noise=0.3, edge_weight=4.0),
+        "chameleon": NANO_BATCHES | dict(seed=1, steps=400, image_loss_weight=1.0),
+        "base": NANO_BATCHES | dict(seed=2, steps=150, mixed_codes=50.0),
+        "posttrain": NANO_BATCHES | dict(seed=3, steps=1400, batch_size=64, image_loss_weight=2.0,
+                                         input_noise=0.25),
     },
     "tiny": {
         "vae": dict(steps=10500, batch_size=32, lr=1.5e-3),
@@ -134,12 +134,14 @@ PRESETS = {
     },
 }
 PICTURES = dict(tasks={"image": 1.0})
-NANO = dict(max_objects=3, digits=0.0)
-CROWDED = PICTURES | dict(min_objects=4, digits=0.0)  # more to learn from in a picture
+FEW = dict(shapes=["circle", "square", "triangle"], digits=0.0,
+           colours=["red", "green", "blue", "yellow"])  # fmt: skip
+NANO = FEW | dict(max_objects=3)
+CROWDED = FEW | PICTURES | dict(min_objects=4)  # more to learn from in a picture
 NANO_TASKS = NANO | dict(
-    tasks={"text_to_image": 0.5, "understanding": 0.5},
+    tasks={"text_to_image": 0.4, "understanding": 0.6},
     captions={"one object": 0.4, "colours": 0.6},
-    questions={"count": 0.4, "colour": 0.4, "describe": 0.2},
+    questions={"count": 0.5, "colour": 0.3, "describe": 0.2},
 )
 WORLDS = {  # the data of each stage: [[from this share of the steps on, fields of ShapesConfig]]
     "nano": {
@@ -422,7 +424,7 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
     codes = range(own.image_code_start, own.image_code_start + own.num_codes)
     words = data.Tokenizer(tokenizer, own.image_id + 1, own.unk_id, reserved | {*codes})
 
-    def losses(micro: MicroBatch, step: int, generator) -> dict[str, Tensor]:
+    def losses(micro: MicroBatch, step: int, generator, levels=(0, 1000)) -> dict[str, Tensor]:
         latents = micro.images
         if latents.ndim == 4:
             with torch.no_grad():
@@ -431,7 +433,8 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
         is_output = micro.labels[micro.tokens == own.image_id] == own.image_id  # (N,)
         noise = config.input_noise * latents.std() * randn(latents.shape, latents, generator)
         read = latents + noise * is_output[:, None] if config.input_noise else latents
-        loss = model.loss(micro.tokens, read, micro.labels, generator, latents, micro.shares)
+        loss = model.loss(micro.tokens, read, micro.labels, generator, latents, micro.shares,
+                          levels)  # fmt: skip
         parts = {"loss": loss.total, "text": loss.text, "image": loss.image}
         if own.vision_embedding == "softmax":  # how many codes a latent mixes (eq. 4)
             with torch.no_grad():

@@ -286,16 +286,6 @@ def keep_log(path: Path, step: int) -> None:
 # --- Validation ----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def only_levels(model: nn.Module, levels: tuple[int, int] | None):
-    """Draw a diffusion head's timesteps from a part of 0..999 alone."""
-    if levels:
-        model.image_head.levels = levels
-    yield
-    if levels:
-        model.image_head.levels = (0, 1000)
-
-
 class Validation:
     """A fixed batch of held-out examples, and fixed prompts with their seeds."""
 
@@ -310,14 +300,14 @@ class Validation:
     def losses(self, autocast) -> dict[str, float]:
         """Of the current weights; for a diffusion head also by quarter of the noise levels."""
         sums, stage, device = {}, self.stage, self.config.device
-        ranges = {"": None}
+        ranges = {"": ()}  # name: further arguments of the stage's losses
         if isinstance(getattr(stage.model, "image_head", None), DiffusionHead):
-            ranges |= {f"_t{low}": (low, low + 250) for low in range(0, 1000, 250)}
+            ranges |= {f"_t{low}": ((low, low + 250),) for low in range(0, 1000, 250)}
         for name, levels in ranges.items():
             generator = torch.Generator(device).manual_seed(0)
             for micro in self.batch:
-                with autocast, only_levels(stage.model, levels):
-                    losses = stage.losses(to(micro, device), 10**9, generator)
+                with autocast:
+                    losses = stage.losses(to(micro, device), 10**9, generator, *levels)
                 for key in losses.keys() - {"codes_mixed"} if not name else ["image"]:
                     key_of = f"held_out_{key}{name}"
                     sums[key_of] = sums.get(key_of, 0.0) + losses[key].item()

@@ -70,7 +70,8 @@ TINY = dict(
     groups=1,  # twice as fast in training on a CPU as 8 or 32
 )
 NANO = TINY | dict(
-    resolution=32, base_channels=16, channel_multiplier=(1, 2, 4, 4), num_codes=256
+    resolution=32, base_channels=16, channel_multiplier=(1, 2, 4, 4), latent_channels=16,
+    num_codes=256,
 )
 PRESETS = {"7b": {}, "tiny": TINY, "nano": NANO}
 

@@ -139,9 +139,9 @@ def test_an_edit_that_also_moves_another_thing_is_wrong():
     rng = random.Random(0)
     while len((example := WORLD.editing(rng, "recolour")).things) < 3:
         pass
-    assert evaluate.judge_edit(example, example.things)
+    assert judge(example, example.things)
     moved = [replace(example.things[0], x=example.things[0].x + 5), *example.things[1:]]
-    assert not evaluate.judge_edit(example, moved)
+    assert not judge(example, moved)
     assert evaluate.kept(example, render(moved), moved) < 30
 
 
@@ -167,11 +167,11 @@ def test_edits_that_show_anything_else_are_wrong(kind):
     for i in range(20):
         example = WORLD.editing(random.Random(f"mutated {kind} {i}"), kind)
         things = example.things
-        assert evaluate.judge_edit(example, things)
+        assert judge(example, things)
         wrong = [example.before, things[1:], [*things, things[0]],
                  [*things[:-1], replace(things[-1], shape="blob")],
                  [*things[:-1], replace(things[-1], colour="white")]]  # fmt: skip
-        assert not any(evaluate.judge_edit(example, seen) for seen in wrong)
+        assert not any(judge(example, seen) for seen in wrong)
 
 
 # --- Figures -------------------------------------------------------------------------------------

@@ -420,7 +420,7 @@ CONTEXTS = [(1.0,), (5.0, -4.0), (3.0, -1.5, -0.5)]  # none, guidance, editing: 
 @pytest.mark.parametrize("rows_at_once", [1, 20, 4096])
 @pytest.mark.parametrize("weights", CONTEXTS)
 def test_hoisted_modulations_equal_the_naive_loop(monkeypatch, weights, rows_at_once):
-    monkeypatch.setattr(orthus, "HOISTED_ROWS", rows_at_once)
+    monkeypatch.setattr(DiffusionHead, "hoisted_rows", rows_at_once)
     head, hidden, noise = make_head(), randn(3, len(weights), 32), randn(3, 8, seed=1)
     wanted = naive_ddim(head, hidden, weights, 10, noise)
     close(head.sample(hidden, weights, 10, noise), wanted, atol=1e-4, rtol=1e-4)

@@ -188,17 +188,11 @@ def test_latents_are_those_of_the_naive_loop(pipeline, monkeypatch):
     cache and batch. Image j takes the seed's j-th noise; the guiding contexts restart at it."""
     requests = [request("a star", seed=4), request(1, "Make the star blue.", seed=5),
                 request(1, 2, 3, seed=5), request("a circle", seed=6)]  # fmt: skip
-    drawn = [[] for _ in requests]
-
-    def watch(event):
-        if event.kind == "image":
-            drawn[event.request].append(event.latents)
-
     script(monkeypatch, WORD, CONFIG.boi_id, WORD, WORD + 1, CONFIG.boi_id)
     options = dict(cfg_scale=3.0, cfg_image=1.5, max_tokens=60, min_images=2)
-    answer(pipeline, *requests, watch=watch, **options)
+    answers = answer(pipeline, *requests, **options)
     said = [[WORD], [WORD, WORD + 1]]
-    for own, asked in zip(drawn, requests, strict=True):
+    for own, asked in zip((a.latents for a in answers), requests, strict=True):
         wanted = naive_images(pipeline, asked.prompt, said, asked.seed, 3.0, 1.5, 3, own)
         close(torch.stack(own), torch.stack(wanted), atol=1e-3)
         assert (own[0] - own[1]).abs().max() > 0.1
@@ -208,12 +202,10 @@ def test_latents_are_those_of_the_naive_loop(pipeline, monkeypatch):
 def test_the_text_after_an_image_is_what_the_whole_sequence_prefers(pipeline, monkeypatch):
     picked, pick = [], sample.pick_token
     monkeypatch.setattr(sample, "pick_token", lambda *a: picked.append(pick(*a)) or picked[-1])
-    latents = []
-    watch = lambda event: latents.append(event.latents) if event.kind == "image" else None
-    answer(pipeline, request("a star", seed=9), max_tokens=40, watch=watch, max_images=1)
+    (told,) = answer(pipeline, request("a star", seed=9), max_tokens=40, max_images=1)
     prompt = data.layout([Segment("a star")], pipeline.tokenizer, CONFIG).tokens
     tokens = [*prompt, CONFIG.boi_id, *[CONFIG.image_id] * L, CONFIG.eoi_id, *picked]
-    hidden = pipeline.model(torch.tensor([tokens]), latents[0])[0]
+    hidden = pipeline.model(torch.tensor([tokens]), told.latents[0])[0]
     logits = pipeline.model.lm_head(hidden[len(prompt) + L + 1 : -1]).clone()
     logits[:, : CONFIG.image_id + 1] = -torch.inf
     assert len(picked) > 3 and logits.argmax(-1).tolist() == picked
@@ -278,7 +270,7 @@ def test_nothing_inside_an_image_waits_for_the_device(loaded, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # meta has no autocast
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     options = sample.Options(cfg_scale=3.0, cfg_image=1.5)
-    row = sample.start_row(pipeline, request(1, "On."), options, lambda *_: None)
+    row = sample.Row(pipeline, request(1, "On."), options, lambda *_: None)
     row.slots = [0, 1, 2]
     cache = KVCache(CONFIG, 3, 60, "meta")
     hidden = torch.zeros(3, CONFIG.hidden_size, device="meta")
@@ -421,13 +413,13 @@ def test_photos_are_read_when_their_batch_begins(pipeline, tmp_path, monkeypatch
     assert all(isinstance(s.content, Path) for r in requests for s in r.images)
     open_image, happened = data.open_image, []
     monkeypatch.setattr(data, "open_image", lambda p: happened.append("open") or open_image(p))
-    watch = lambda event: happened.append(event.kind) if event.kind == "end" else None
+    watch = lambda number, answer: happened.append("end") if answer.complete else None
     script(monkeypatch, WORD)
     generate(pipeline, requests, batch_size=2, progress=False, watch=watch)
     assert happened == ["open", "open", "end", "end"] * 3
 
 
-# --- Budgets, notes, events ----------------------------------------------------------------------
+# --- Budgets, notes, progress --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_tokens", [19, 27, 35, 36, 37, 54, 55])
@@ -466,25 +458,30 @@ def test_no_image_is_begun_past_the_maximum(pipeline, monkeypatch):
 def test_what_fits_is_told_before_the_start(pipeline):
     def told(**options):
         options = sample.Options(**options)
-        row = sample.start_row(pipeline, request("a star"), options, None)
+        row = sample.Row(pipeline, request("a star"), options)
         return sample.budget_line(pipeline, [row], options.max_images)
 
     assert "3 images x 18 + text fits 74" in told(max_images=3)
     assert "2 images x 18 + text fits 40" in told(max_tokens=40)
-    assert "only 2 of 5 images x 18 fit 40 tokens" in told(max_tokens=40, max_images=5)
+    assert "only 2 of 5 images x 18 + text fits 40" in told(max_tokens=40, max_images=5)
     assert "needs 55" in complaint(lambda: told(max_tokens=40, min_images=3))
 
 
-def test_text_and_images_are_given_out_as_they_are_made(pipeline, monkeypatch):
-    """The pieces of text add up to the answer's; an image is begun before it is finished."""
+def test_an_answer_is_watched_as_it_grows(pipeline, monkeypatch):
+    """Token after token; an image is begun before it is finished."""
     script(monkeypatch, 60, 61, 62, CONFIG.boi_id, 70, 71)
-    happened = []
-    (told,) = answer(pipeline, request(1, "What?"), watch=happened.append)
-    kinds = [event.kind for event in happened]
-    assert kinds == ["text"] * 3 + ["drawing", "image"] + ["text"] * 2 + ["end"]
-    said = pipeline.tokenizer.decode([60, 61, 62])
-    assert "".join(event.content for event in happened[:3]) == said == told.segments[0].content
-    assert told.complete and [s.is_image for s in told.segments] == [False, True, False]
+    seen = []
+    watch = lambda _, a: seen.append((a.text, len(a.images), a.drawing, a.complete))
+    (told,) = answer(pipeline, request(1, "What?"), watch=watch)
+    decode = pipeline.tokenizer.decode
+    before = [decode([60, 61, 62][:n]) for n in (1, 2, 3)]
+    after = [" ".join([before[2], decode([70, 71][:n])]) for n in (1, 2)]
+    assert seen == [
+        *((text, 0, False, False) for text in before),
+        (before[2], 0, True, False), (before[2], 1, False, False), (before[2], 1, False, False),
+        *((text, 1, False, False) for text in after), (after[1], 1, False, True),
+    ]  # fmt: skip
+    assert [s.is_image for s in told.segments] == [False, True, False] and len(told.latents) == 1
 
 
 def test_top_p_keeps_the_most_likely_tokens():
@@ -767,8 +764,10 @@ def test_images_of_a_batch_are_numbered_in_prompt_order(pipeline, directory, tmp
     with open(tmp_path / "results.jsonl", "wb") as results:
         writer = sample.Writer(pipeline, requests, args, results)
         for number, colour in ((1, "blue"), (0, "red")):
-            writer.take(sample.Event(number, "image", Image.new("RGB", (8, 8), colour)))
-            writer.take(sample.Event(number, "end"))
+            told = sample.Answer([Segment(Image.new("RGB", (8, 8), colour))])
+            writer.take(number, told)
+            told.complete = True
+            writer.take(number, told)
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     images = [json.loads(line)["images"] for line in lines]
     assert images == [[str(tmp_path / "0000.png")], [str(tmp_path / "0001.png")]]

@@ -297,9 +297,9 @@ def test_input_noise_is_on_what_is_read_of_output_images_alone(road):
     batch, seen = stage.batch(World(), 0)[0], {}
     clean = stage.vae.encode(batch.images).flatten(0, 1)
 
-    def look(tokens, latents, labels, generator, targets, shares):
+    def look(tokens, latents, labels, generator, targets, shares, levels):
         seen.update(read=latents, targets=targets)
-        return Orthus.loss(stage.model, tokens, latents, labels, generator, targets, shares)
+        return Orthus.loss(stage.model, tokens, latents, labels, generator, targets, shares, levels)
 
     stage.model.loss = look
     stage.losses(batch, 0, torch.Generator().manual_seed(0))

@@ -1,0 +1,336 @@
+"""The paper's claims as experiments: every arm is a list of commands of train.py, at nano scale.
+
+    python experiments.py [--only NAME] [--seeds 2]
+
+All arms go on from one start (the autoencoder and the Chameleon that `train.py all --preset nano`
+makes), with equal data and steps, and answer the same held-out prompts. What is done is kept in
+experiments/results.json and skipped the next time; a run that was interrupted goes on. The verdicts
+are written into RESULTS.md from that file alone (`--only none` writes them again).
+Reading order: arms, experiments, the runner, comparisons and verdicts, the page.
+"""
+
+import argparse
+import math
+import shlex
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import evaluate
+import train
+from data import Segment, sheet
+from evaluate import TASKS, held_out, run_task
+from sample import Request, generate, load
+from shapes import Shapes, ShapesConfig
+from vae import VQVAE
+
+HERE = Path(__file__).parent
+RUNS, RESULTS = HERE / "runs" / "experiments", HERE / "experiments" / "results.json"
+
+# --- Arms ----------------------------------------------------------------------------------------
+
+# Stages with their flags, from the start on; FLAGS come before an arm's own.
+FLAGS = {
+    "vae": "",
+    "decoder": "",
+    "chameleon": "",
+    "base": "",
+    "posttrain": "--steps 500 --batch-size 32 --pictures-every 0",
+}
+START = ["vae", "decoder", "chameleon"]
+UNDERSTANDING = "--tasks understanding=1 --batch-size 16"  # half of the mixture: as many questions
+ARMS = {
+    "orthus": ["base", "posttrain"],
+    "chameleon": ["posttrain"],
+    "stage 1 alone": ["base"],
+    "nothing": [],  # the start itself
+    "understanding alone": ["base", f"posttrain {UNDERSTANDING}"],
+    "generation alone": ["base", "posttrain --tasks text_to_image=1 --batch-size 16"],
+    "argmin": ["base --vision-embedding argmin", f"posttrain {UNDERSTANDING}"],
+    "linear": ["base --vision-embedding linear", f"posttrain {UNDERSTANDING}"],
+    "squared error": ["base --image-head mse", "posttrain"],
+    "tau: 2 codes": ["base --mixed-codes 2", "posttrain"],
+    "tau: 10 codes": ["base --mixed-codes 10", "posttrain"],
+    "tau: 150 codes": ["base --mixed-codes 150", "posttrain"],
+    "1 noising": ["base --diffusion-batch-multiplier 1", "posttrain"],
+    "8 noisings": ["base --diffusion-batch-multiplier 8", "posttrain"],
+    "epsilon": ["base --prediction epsilon --no-zero-terminal-snr", "posttrain"],
+    "terminal noise": ["base --no-zero-terminal-snr", "posttrain"],
+    "no input noise": ["base", "posttrain --input-noise 0"],
+    "pure VQ-VAE": ["vae --quantised-share 1"],
+    "pure VQ-VAE, decoder tuned": ["vae --quantised-share 1", "decoder --steps 500"],
+}
+
+# --- Experiments ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A claim: an arm is better than others, each compared by one figure."""
+
+    where: str  # in the paper
+    claim: str
+    paper: str  # its figures
+    arm: str
+    others: tuple[tuple[str, str], ...]  # arm, figure
+    parts: tuple[str, str] = ("", "")  # of an autoencoder: what of the arm, what of the others
+
+
+IMAGES, TEXT = "text to image", "understanding"
+EXPERIMENTS = {
+    "decoder": Experiment(
+        "table 6", "the tuned decoder on continuous latents beats the VQ decoder on codes",
+        "23.7 to 26.1 dB", "pure VQ-VAE, decoder tuned", (("pure VQ-VAE", "psnr"),
+        ("pure VQ-VAE", "readable")), ("continuous", "quantised")),
+    "continuous": Experiment(
+        "table 6", "and the VQ decoder on the same continuous latents",
+        "", "pure VQ-VAE, decoder tuned", (("pure VQ-VAE", "psnr"), ("pure VQ-VAE", "readable")),
+        ("continuous", "continuous")),
+    "chameleon": Experiment(
+        "tables 2, 3", "Orthus beats a Chameleon that was post-trained alike",
+        "GenEval 0.43 to 0.58, POPE 77.8 to 79.6", "orthus",
+        (("chameleon", IMAGES), ("chameleon", TEXT))),
+    "both tasks": Experiment(
+        "table 4", "both tasks trained together beat each alone", "one or two points",
+        "orthus", (("understanding alone", TEXT), ("generation alone", IMAGES))),
+    "embedding": Experiment(
+        "table 5", "softmax beats argmin and linear in understanding", "78.7 > 77.6 > 70.4",
+        "understanding alone", (("argmin", TEXT), ("linear", TEXT))),
+    "language": Experiment(
+        "section 4.2", "stage 1 keeps what the Chameleon can answer", "",
+        "stage 1 alone", (("nothing", TEXT),)),
+    "tau": Experiment(
+        "section 4.2", "a wider mixture (here 50 of 256 codes) lifts the bottleneck", "",
+        "orthus", tuple((f"tau: {n} codes", figure) for n in (2, 10, 150)
+                        for figure in (IMAGES, TEXT))),
+    "squared error": Experiment(
+        "appendix C", "diffusion beats squared error, whose samples are blurred and alike",
+        "pictures", "orthus", (("squared error", IMAGES), ("squared error", "sharpness"),
+                               ("squared error", "spread"))),
+    "noisings": Experiment(
+        "", "4 noisings of a latent a step beat 1 and 8", "", "orthus",
+        (("1 noising", IMAGES), ("8 noisings", IMAGES))),
+    "prediction": Experiment(
+        "", "velocity with zero terminal SNR beats epsilon, and velocity without it", "",
+        "orthus", (("epsilon", IMAGES), ("terminal noise", IMAGES))),
+    "input noise": Experiment(
+        "", "noise on output images as they are read back in training helps", "", "orthus",
+        (("no input noise", IMAGES),)),
+}  # fmt: skip
+
+# --- The runner ----------------------------------------------------------------------------------
+
+
+def train_arm(folder: Path, stages: list[str], init: str, seed: int, threads: int) -> str:
+    """Run an arm's stages one after the other -> the last one's folder."""
+    for number, line in enumerate(stages):
+        name, _, own = line.partition(" ")
+        run = folder / f"{number} {name}"
+        words = [name, "--preset", "nano", "--dtype", "float32", "--threads", str(threads)]
+        words += [*shlex.split(FLAGS[name]), *shlex.split(own), "--seed", str(seed)]
+        words += ["--out", str(run)] + (["--init", init] if init else [])
+        args = train.parse(words)
+        saved = train.newest_save(run)
+        steps = args.steps or train.PRESETS["nano"][name]["steps"]
+        if saved is None or int(saved.name[5:]) < steps:
+            args.resume = (run / "run.json").is_file()
+            train.run(args)
+        init = str(run)
+    return init
+
+
+def measure(run: str, seed: int, count: int) -> dict:
+    """Figures of a trained arm: answers to the same held-out examples, "0110..." by table and row;
+    of pictures of one prompt how sharp they are and how much they differ."""
+    source = checkpoint.open_checkpoint(run)
+    stage = "posttrain" if "model" in source.config else "vae"
+    world = ShapesConfig(**train.WORLDS["nano"][stage][0][1])  # the same for every arm
+    if stage == "vae":
+        vae = VQVAE.from_pretrained(source, "cpu", torch.float32)
+        return {"autoencoder": evaluate.autoencoder_report(vae, Shapes(0, world), seed, count)}
+    pipeline, answers = load(source), {}
+    for title in (IMAGES, TEXT):
+        task = TASKS[title]
+        examples = held_out(world, task.method, seed, count, task.stream)
+        for verdict in run_task(pipeline, examples, task, seed):
+            key = f"{title}, {verdict.row}"
+            answers[key] = answers.get(key, "") + "01"[verdict.right]
+    requests = [Request([Segment("a red circle")], seed) for seed in range(16)]
+    drawn = [a.images[0] for a in generate(pipeline, requests, min_images=1, progress=False)]
+    sheet([[(image, "", "black") for image in drawn[:8]]], (64, 64)).save(Path(run) / "alike.png")
+    pixels = np.stack([np.asarray(image, float) for image in drawn])  # (16, H, W, 3)
+    edges = np.abs(np.diff(pixels, axis=1)).max((1, 2, 3)).mean()
+    return {"answers": answers, "spread": float(pixels.std(0).mean()), "sharpness": float(edges)}
+
+
+def run_arms(names: list[str], seeds: range, count: int, threads: int) -> None:
+    """Train and measure what results.json does not hold yet."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    todo, began = [(name, seed) for seed in seeds for name in names], time.time()
+    todo = [(name, seed) for name, seed in todo if str(seed) not in read_results().get(name, {})]
+    for number, (name, seed) in enumerate(todo, 1):
+        started = time.time()
+        start = train_arm(RUNS / "start", START, "", 0, threads)
+        init = "" if ARMS[name] and ARMS[name][0].startswith("vae") else start
+        run = train_arm(RUNS / name / str(seed), ARMS[name], init, seed, threads)
+        record = measure(run, seed, count) | {
+            "commands": ARMS[name],
+            "minutes": round((time.time() - started) / 60, 1),
+            "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE,
+                                     capture_output=True, text=True).stdout.strip(),
+        }  # fmt: skip
+        results = read_results()  # again: two runs of other arms may share the file
+        results.setdefault(name, {})[str(seed)] = record
+        checkpoint.write_json(RESULTS, results)
+        left = (time.time() - began) / number * (len(todo) - number) / 60
+        tqdm.write(f"arm {number} of {len(todo)}: {name}, seed {seed}, "
+                   f"{record['minutes']} minutes; about {left:.0f} left")  # fmt: skip
+
+
+def read_results() -> dict:
+    return checkpoint.read_json(RESULTS) if RESULTS.is_file() else {}
+
+
+# --- Comparisons ---------------------------------------------------------------------------------
+
+
+def scores(record: dict, figure: str, part: str = "") -> np.ndarray:
+    """Of every held-out example of a seed, 0 or 1; or one number."""
+    if figure in (IMAGES, TEXT):
+        rows = [bits for row, bits in record["answers"].items()
+                if row.startswith(figure) and evaluate.UNSEEN not in row]  # fmt: skip
+        return np.array([float(bit) for bits in rows for bit in bits]) * 100
+    value = record["autoencoder"][part][figure] if part else record[figure]
+    return np.array([value * 100 if figure == "readable" else value])
+
+
+def compare(ours: dict, theirs: dict, figure: str, parts: tuple[str, str]) -> tuple:
+    """Mean difference over the seeds that both arms have, its 95% half-width, and the seeds.
+
+    Arms share their examples, so the differences are paired. The standard error is the larger of
+    two: over the examples, and between the seeds.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    pairs = [scores(ours[s], figure, parts[0]) - scores(theirs[s], figure, parts[1]) for s in seeds]
+    means = np.array([pair.mean() for pair in pairs])
+    over_examples = math.sqrt(sum(pair.var() / len(pair) for pair in pairs)) / len(pairs)
+    over_seeds = means.std(ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
+    if len(pairs[0]) > 1 and len(pairs) == 1:
+        over_seeds = 0.0
+    return means.mean(), 1.96 * max(over_examples, over_seeds), seeds
+
+
+def verdict(mean: float, half: float) -> str:
+    if abs(mean) > half:
+        return "holds" if mean > 0 else "does not hold"
+    return f"cannot be told: {half:.2g} could have been seen"
+
+
+# --- The page ------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- experiments.py writes from here -->", "<!-- to here -->"
+
+
+def comparisons(results: dict) -> list[tuple]:
+    """(experiment, other arm, figure, mean, half, seeds) of what was run."""
+    rows = []
+    for e in EXPERIMENTS.values():
+        for other, figure in e.others:
+            if results.get(e.arm, {}).keys() & results.get(other, {}).keys():
+                compared = compare(results[e.arm], results[other], figure, e.parts)
+                rows.append((e, other, figure, *compared))
+    return rows
+
+
+def page(results: dict) -> str:
+    """The table of verdicts, then every arm's figures."""
+    lines = [BEGIN, "", "## The paper's claims, at the size of nano", "",
+             "| in the paper | claim | its figures | compared with | by | difference | verdict |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for e, other, figure, mean, half, seeds in comparisons(results):
+        difference = f"{mean:+.2f} +- {half:.2f} ({len(seeds)} seeds)"
+        lines.append(f"| {e.where or '-'} | {e.claim} | {e.paper or '-'} | {other} | {figure} | "
+                     f"{difference} | {verdict(mean, half)} |")  # fmt: skip
+    lines += ["", "| arm | stages after the start | captions right | questions right | "
+              "sharpness | spread | minutes |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, runs in results.items():
+        if all("answers" in run for run in runs.values()):
+            cells = [rates(runs, IMAGES), rates(runs, TEXT)]
+            cells += [" ".join(f"{run[key]:.1f}" for run in runs.values())
+                      for key in ("sharpness", "spread")]  # fmt: skip
+            minutes = " ".join(f"{run['minutes']}" for run in runs.values())
+            commands = "; ".join(ARMS[name]) or "none"
+            lines.append(f"| {name} | `{commands}` | {' | '.join(cells)} | {minutes} |")
+    return "\n".join([*lines, "", END])
+
+
+def rates(runs: dict, figure: str) -> str:
+    """The mean over seeds and each seed's rate."""
+    each = [scores(run, figure).mean() for run in runs.values()]
+    return f"**{np.mean(each):.1f}%** ({' '.join(f'{rate:.1f}' for rate in each)})"
+
+
+def write_page(results: dict) -> None:
+    path = HERE / "RESULTS.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    with checkpoint.whole_file(path) as file:
+        file.write((before + page(results) + rest.partition(END)[2]).encode())
+
+
+def draw(results: dict) -> None:
+    """Every difference with its interval, as experiments/differences.png, where matplotlib is."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no picture of the differences: pip install matplotlib")
+        return
+
+    rows = [row for row in comparisons(results) if row[2] in (IMAGES, TEXT)][::-1]
+    figure, axis = pyplot.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
+    for y, (_, _, _, mean, half, _) in enumerate(rows):
+        axis.errorbar(mean, y, xerr=half, fmt="o", color="tab:blue", capsize=3)
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [f"{e.arm} - {other}, {by}" for e, other, by, *_ in rows])
+    axis.set_xlabel("difference in points, 95% interval")
+    figure.savefig(RESULTS.with_name("differences.png"), dpi=80)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    raw, number = argparse.RawDescriptionHelpFormatter, checkpoint.number
+    parser = checkpoint.Parser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--only", choices=[*EXPERIMENTS, "none"], action="append",
+                        help="run the arms of this experiment alone; repeatable")  # fmt: skip
+    parser.add_argument("--seeds", type=number(int, 1, 100), default=2, metavar="N",
+                        help="seeds an arm (default: 2)")  # fmt: skip
+    parser.add_argument("--count", type=number(int, 8, 10**5), default=500, metavar="N",
+                        help="captions and questions an arm and seed (default: 500)")  # fmt: skip
+    parser.add_argument("--threads", type=number(int, 0, 1024), default=0, metavar="N",
+                        help="CPU threads; 0 is one a core (default)")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    chosen = [e for name, e in EXPERIMENTS.items() if not args.only or name in args.only]
+    names = list(dict.fromkeys(n for e in chosen for n in (e.arm, *(o for o, _ in e.others))))
+    run_arms(names, range(args.seeds), args.count, args.threads)
+    results = read_results()
+    write_page(results)
+    draw(results)
+    print(page(results))
+
+
+def main() -> None:
+    train.keep_memory()
+    args = parse()
+    interrupted = "interrupted; what is done is in experiments/results.json"
+    checkpoint.command_line("experiments.py", lambda: run(args), interrupted)
+
+
+if __name__ == "__main__":
+    main()

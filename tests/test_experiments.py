@@ -1,0 +1,79 @@
+"""experiments.py: arms run once and are measured on the same examples; verdicts follow intervals."""
+
+import json
+
+import numpy as np
+import pytest
+from test_train import small_presets  # noqa: F401: a fixture of this module too
+
+import evaluate
+import experiments
+import train
+
+QUICK = "--steps 2 --batch-size 4 --workers 0 --pictures-every 0 --quantise-from 0"
+
+
+def record(images: str = "", text: str = "", **more) -> dict:
+    answers = {"text to image, colours": images, "understanding, count": text,
+               f"text to image, {evaluate.UNSEEN}": "1111"}  # fmt: skip
+    return {"answers": answers, "sharpness": 1.0, "spread": 2.0, "minutes": 1.0} | more
+
+
+def test_differences_are_paired_and_leave_the_unseen_out():
+    ours, theirs = {"0": record("1101")}, {"0": record("1001")}
+    mean, half, seeds = experiments.compare(ours, theirs, "text to image", ("", ""))
+    assert mean == 25 and seeds == ["0"]
+    assert half == pytest.approx(1.96 * np.std([0, 100, 0, 0]) / 2)
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    ours = {"0": record("1" * 100), "1": record("0" * 100), "2": record("1" * 100)}
+    theirs = {"0": record("0" * 100), "1": record("1" * 100)}
+    mean, half, seeds = experiments.compare(ours, theirs, "text to image", ("", ""))
+    assert seeds == ["0", "1"] and mean == 0
+    assert half == pytest.approx(1.96 * np.std([100, -100], ddof=1) / np.sqrt(2))
+
+
+def test_one_number_of_one_seed_decides_nothing():
+    mean, half, _ = experiments.compare({"0": record()}, {"0": record(sharpness=9.0)},
+                                        "sharpness", ("", ""))  # fmt: skip
+    assert mean == -8 and "cannot be told" in experiments.verdict(mean, half)
+
+
+def test_a_verdict_is_never_stronger_than_its_interval():
+    assert experiments.verdict(3.0, 2.0) == "holds"
+    assert experiments.verdict(-3.0, 2.0) == "does not hold"
+    assert experiments.verdict(1.0, 2.0) == "cannot be told: 2 could have been seen"
+
+
+def test_every_arm_is_a_list_of_commands_that_parse():
+    for stages in [experiments.START, *experiments.ARMS.values()]:
+        for line in stages:
+            name, _, own = line.partition(" ")
+            train.parse([name, "--out", "x", *experiments.FLAGS[name].split(), *own.split()])
+    for e in experiments.EXPERIMENTS.values():
+        assert {e.arm, *(other for other, _ in e.others)} <= experiments.ARMS.keys()
+
+
+def test_arms_run_once_and_the_page_is_written_from_what_was_kept(
+    monkeypatch, tmp_path, run_main
+):
+    for name in experiments.FLAGS:
+        monkeypatch.setitem(experiments.FLAGS, name, QUICK)
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "experiments" / "results.json")
+    (tmp_path / "RESULTS.md").write_text("above\n" + experiments.BEGIN + "OUTDATED" + experiments.END)
+    flags = "--only", "language", "--seeds", "1", "--count", "8"
+    code, _, said = run_main(experiments, *flags)
+    assert code in (0, None), said
+    results = json.loads(experiments.RESULTS.read_text())
+    assert set(results) == {"stage 1 alone", "nothing"}
+    lengths = [{row: len(bits) for row, bits in results[name]["0"]["answers"].items()}
+               for name in results]  # fmt: skip
+    assert lengths[0] == lengths[1] and sum(lengths[0].values()) == 18
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.startswith("above") and "OUTDATED" not in text and "| section 4.2 |" in text
+    monkeypatch.setattr(train, "run", None)  # nothing is trained again
+    assert run_main(experiments, *flags)[0] in (0, None)
+    assert (tmp_path / "RESULTS.md").read_text() == text
