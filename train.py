@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import lora
 from checkpoint import Checkpoint
 from data import Segment
 from orthus import DiffusionHead, OrthusConfig
@@ -136,11 +137,16 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What has an average: what is frozen would only be there twice."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
 @torch.no_grad()
 def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
     """average <- decay average + (1 - decay) weights; the decay warms up from 0.1."""
     decay = min(decay, (1 + step) / (10 + step))
-    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    weights = trained(model)
     torch._foreach_lerp_([average[n] for n in weights], list(weights.values()), 1 - decay)
 
 
@@ -152,13 +158,8 @@ def save(run: Path, stage: Stage, optimizer: Optimizers, average: dict, step: in
     part, whole = run / "saving", run / f"step-{step:08d}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    tensors = {"model": None, "vae": stage.vae.state_dict() if stage.vae else None}
-    checkpoint.write(part, stage.config | about, **(tensors | {stage.part: average}),
-                     tokenizer=stage.tokenizer)  # fmt: skip
-    state = {"step": step, "weights": stage.model.state_dict(), "average": average,
-             "optimizer": optimizer.state_dict()}  # fmt: skip
-    if stage.before:
-        state["before"] = stage.before.state_dict()
+    tensors, state = contents(stage, optimizer, average, step)
+    checkpoint.write(part, stage.config | about, **tensors, tokenizer=stage.tokenizer)
     with checkpoint.whole_file(part / "state.pt") as file:
         torch.save(state, file)
     with checkpoint.whole_file(part / "state.sha256") as file:
@@ -168,6 +169,19 @@ def save(run: Path, stage: Stage, optimizer: Optimizers, average: dict, step: in
     os.replace(part, whole)
     for old in sorted(run.glob("step-*"))[:-2]:
         shutil.rmtree(old)
+
+
+def contents(stage: Stage, optimizer: Optimizers, average: dict, step: int) -> tuple[dict, dict]:
+    """-> tensors of the checkpoint by part, and the state to go on from. What is frozen is saved as
+    it is; low-rank products are merged in the one and kept apart in the other."""
+    tensors = {"model": None, "vae": stage.vae.state_dict() if stage.vae else None}
+    weights = stage.model.state_dict()
+    tensors[stage.part] = lora.merged(stage.model, weights | average)
+    state = {"step": step, "weights": weights, "average": average,
+             "optimizer": optimizer.state_dict()}  # fmt: skip
+    if stage.before:
+        state["before"] = stage.before.state_dict()
+    return tensors, state
 
 
 def digest(path: Path) -> str:
@@ -200,7 +214,7 @@ def restore(state: dict, saved: Path, stage: Stage, optimizer: Optimizers) -> tu
         optimizer.load_state_dict(state["optimizer"])
         if stage.before:
             stage.before.load_state_dict(state["before"])
-        average = {n: state["average"][n].clone() for n, _ in stage.model.named_parameters()}
+        average = {n: state["average"][n].clone() for n in trained(stage.model)}
         return average, state["step"]
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
@@ -257,16 +271,18 @@ class Validation:
                     sums[key_of] = sums.get(key_of, 0.0) + losses[key].item()
         return sums
 
-    def pictures(self, average: dict[str, Tensor], path: Path, step: int, number: int) -> None:
+    def pictures(self, average: dict[str, Tensor], path: Path, step: int, number: int,
+                 autocast) -> None:
         """Row `number` of the sheet: the fixed prompts, drawn by the averaged weights."""
-        raw = {n: p.detach().clone() for n, p in self.stage.model.named_parameters()}
+        raw = {n: p.detach().clone() for n, p in trained(self.stage.model).items()}
         own, words = self.stage.model.config, self.stage.tokenizer
         tokenizer = data.Tokenizer(words, own.image_id + 1, own.unk_id)
         defaults = Generation(**self.stage.config["generation"])
         pipeline = Pipeline(self.stage.model, self.stage.vae, tokenizer, defaults)
         self.stage.model.load_state_dict(average, strict=False)
         requests = [Request(prompt, seed) for seed, prompt in enumerate(self.prompts)]
-        answers = generate(pipeline, requests, progress=False, min_images=1, max_images=1)
+        with autocast:  # frozen weights may be bf16
+            answers = generate(pipeline, requests, progress=False, min_images=1, max_images=1)
         self.stage.model.load_state_dict(raw, strict=False)
         cells = [(a.images[0], f"{step}: {p[0].content}", "black")
                  for a, p in zip(answers, self.prompts, strict=True)]  # fmt: skip
@@ -325,12 +341,12 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     `about` goes into the config.json of every save ("data": what the dataset is).
     """
     device, dtype = choose_machine(config)
-    config = dataclasses.replace(config, device=str(device))
+    config = dataclasses.replace(config, device=str(device), dtype=str(dtype).split(".")[1])
     state = read_state(saved, device) if saved else None
     torch.manual_seed(config.seed)
     stage = STAGES[name](config, dataset, start, saved is not None)
     model, optimizer = stage.model, make_optimizer(stage.model, config, dtype)
-    average = {n: p.detach().clone() for n, p in model.named_parameters()}
+    average = {n: p.detach().clone() for n, p in trained(model).items()}
     first = 0
     if state:
         average, first = restore(state, saved, stage, optimizer)
@@ -379,7 +395,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
             pictures = config.pictures_every * config.validate_every
             if pictures and stage.vae and done % pictures == 0 and validation.prompts:
                 number = done // pictures - 1
-                validation.pictures(average, run / "samples.png", done, number)
+                validation.pictures(average, run / "samples.png", done, number, autocast)
             if saves:
                 save(run, stage, optimizer, average, done, about)
             if stopping and done < config.steps:
@@ -497,6 +513,8 @@ def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConf
     if name != "base" and (wrong := [key for key in BASE_ALONE if key in own]):
         raise ValueError(f"{wrong[0]} is set in stage base, where a Chameleon becomes an Orthus; "
                          f"stage {name} keeps what the checkpoint has")
+    if name != "posttrain" and own.get("lora_rank"):
+        raise ValueError(f"lora_rank is {own['lora_rank']} for stage {name}; it is of posttrain")
     world = {key: value for key, value in given.items() if key not in (*fields, "init")}
     try:
         config = checkpoint.build(TrainConfig, before["config"] | own, f"stage {name}")

@@ -457,11 +457,14 @@ FIELDS = {
     "zero_terminal_snr": ("base", False, {}), "diffusion_batch_multiplier": ("base", 1, {}),
     "input_noise": ("posttrain", 0.0, {}), "guidance_dropout": ("posttrain", 1.0, {}),
     "cache_latents": ("posttrain", 3, {}), "dtype": ("decoder", "bfloat16", {}),
+    "lora_rank": ("posttrain", 2, {}), "lora_scale": ("posttrain", 9.0, dict(lora_rank=2)),
+    "lora_targets": ("posttrain", ("q_proj",), dict(lora_rank=2)),
     "log_every": ("decoder", 2, {}), "save_every": ("decoder", 1, {}),
     "validate_every": ("decoder", 1, {}),
     "pictures_every": ("posttrain", 2, dict(validate_every=1)),
 }  # fmt: skip
-ELSEWHERE = {"preset", "device", "threads", "workers", "compile", "tensorboard"}
+ELSEWHERE = {"preset", "device", "threads", "workers", "compile", "tensorboard",
+             "checkpoint_activations"}
 
 
 def traces(run) -> tuple:
@@ -555,7 +558,8 @@ def test_a_released_chameleon_becomes_an_orthus(tmp_path, cli, monkeypatch):
     narrow = lambda *a: fields(*a) | {"head_width": 48}  # the release's head is not small
     monkeypatch.setattr(released, "hub_model_fields", narrow)
     hub = hub_chameleon(tmp_path / "hub")
-    more = ["--preset", "7b", "--batch-size", 2, "--steps", 1, "--lr", 1e-12, "--save-every", 1]
+    more = ["--preset", "7b", "--batch-size", 2, "--micro-batches", 1, "--steps", 1,
+            "--lr", 1e-12, "--save-every", 1]  # fmt: skip
     code, said = cli("base", *flags(tmp_path / "run", hub, *more)[1:])
     assert code == 0, said
     before, after = Orthus.from_pretrained(hub), Orthus.from_pretrained(tmp_path / "run")
