@@ -574,24 +574,23 @@ def tau_that_mixes(codes: float, model: Orthus, latents: Tensor) -> float:
     return tau
 
 
-def to_fp32(model: Orthus, config: TrainConfig) -> None:
-    """All but frozen matrices, which stay as their checkpoint has them: bf16 is what autocast makes
-    of them, and half the memory."""
+def place(model: Orthus, config: TrainConfig) -> None:
+    """On the device, and in fp32 all but frozen matrices, which stay as their checkpoint has them:
+    bf16 is what autocast makes of them anyway, in half the memory."""
     frozen = {m.weight for m in model.modules() if isinstance(m, nn.Linear | lora.LowRank)
               and not m.weight.requires_grad and config.dtype != "float32"}  # fmt: skip
     for p in model.parameters():
-        if p not in frozen:
-            p.data = p.data.float()
+        p.data = p.data.to(config.device, None if p in frozen else torch.float32)
 
 
 def base_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -> Stage:
     """Stage 1: the backbone frozen, vision embedding and image head trained on images only."""
     model = Orthus.from_pretrained(start) if resumed else to_orthus(config, dataset, start)
-    model.to(config.device).requires_grad_(False)
+    model.requires_grad_(False)
     model.vision_embedding.requires_grad_(True)
     model.image_head.requires_grad_(True)
     model.embed_tokens.requires_grad_(model.config.vision_embedding != "linear")
-    to_fp32(model, config)
+    place(model, config)
     if model.config.vision_embedding != "linear":
         is_code = torch.zeros(model.config.vocab_size, 1, device=config.device)
         first = model.config.image_code_start
@@ -610,7 +609,7 @@ def posttrain_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bo
     model = Orthus.from_pretrained(start, config.device)
     if config.lora_rank:
         lora.add(model.layers, config.lora_rank, config.lora_scale, config.lora_targets)
-    to_fp32(model, config)
+    place(model, config)
     tokenizer, generation = start.tokenizer.read_bytes(), start.section("generation")
     return orthus_stage(config, start, model, tokenizer, generation)
 

@@ -558,8 +558,7 @@ def test_a_released_chameleon_becomes_an_orthus(tmp_path, cli, monkeypatch):
     narrow = lambda *a: fields(*a) | {"head_width": 48}  # the release's head is not small
     monkeypatch.setattr(released, "hub_model_fields", narrow)
     hub = hub_chameleon(tmp_path / "hub")
-    more = ["--preset", "7b", "--batch-size", 2, "--micro-batches", 1, "--steps", 1,
-            "--lr", 1e-12, "--save-every", 1]  # fmt: skip
+    more = ["--preset", "7b", "--batch-size", 2, "--steps", 1, "--lr", 1e-12, "--save-every", 1]
     code, said = cli("base", *flags(tmp_path / "run", hub, *more)[1:])
     assert code == 0, said
     before, after = Orthus.from_pretrained(hub), Orthus.from_pretrained(tmp_path / "run")
