@@ -1,6 +1,5 @@
 """Low-rank training, what a dry run foretells, and every stage in 7B's layout, made narrow."""
 
-import dataclasses
 import math
 import os
 import re
@@ -242,18 +241,19 @@ def test_frozen_matrices_stay_as_they_are_stored_and_have_no_average(narrow_star
 
 
 class Pictures(World):
-    """Captions and pictures alone, at 512 pixels."""
+    """Captions and pictures alone."""
 
     def example(self, index: int) -> list[Segment]:
-        caption, drawn = super().example(4 * index)
-        return [caption, dataclasses.replace(drawn, content=drawn.content.resize((512, 512)))]
+        return super().example(4 * index)
 
 
-def test_every_stage_runs_in_7bs_layout(narrow_start, tmp_path):
+def test_every_stage_runs_in_7bs_layout(narrow_start, tmp_path, monkeypatch):
     config, own = OrthusConfig.preset("7b"), VQVAEConfig.preset("7b")
     assert (config.latents_per_image, config.latent_channels, config.vocab_size,
             own.resolution) == (1024, 256, 65536, 512)  # fmt: skip
-    init, options = narrow_start, dict(batch_size=2, micro_batches=2, world=Pictures)
+    monkeypatch.setattr(train.Validation, "losses", lambda *a: {})  # half of the time
+    options = dict(batch_size=1, world=Pictures, diffusion_batch_multiplier=1)
+    init = narrow_start
     for name in ("decoder", "base", "posttrain"):
         before = checkpoint.open_checkpoint(init)
         run = run_stage(name, tmp_path / name, init, "7b", **options)
@@ -329,7 +329,8 @@ CASES = {
     "vae nano": {}, "decoder nano": {}, "chameleon nano": {}, "base nano": {},
     "posttrain nano": dict(micro_batches=2), "posttrain tiny": dict(batch_size=2),
     "posttrain middle": dict(lora_rank=8, micro_batches=2, dtype="bfloat16", batch_size=4),
-    "base middle": dict(batch_size=4, dtype="bfloat16", checkpoint_activations=True, micro_batches=2),
+    "base middle": dict(checkpoint_activations=True, micro_batches=2, dtype="bfloat16",
+                        batch_size=4),
 }  # fmt: skip
 
 
@@ -349,7 +350,6 @@ def test_a_dry_run_foretells_a_real_step(tmp_path, monkeypatch, case):
     held = sum(found["memory"][key] for key in ("weights", "optimiser", "average"))
     held += found["memory"]["gradients"] * (config.micro_batches > 1)
     assert found["peak"] - held == pytest.approx(real["step"], rel=0.1)
-    print("DEV", case, found["peak"] - held, real["step"], found["memory"], real)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
