@@ -28,10 +28,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import checkpoint
 import data
+import lora
 from checkpoint import Checkpoint, within
 from data import Segment
 from orthus import HEADS, Orthus, OrthusConfig, randn
@@ -89,6 +91,13 @@ class TrainConfig:
     guidance_dropout: float = within(0.1, 0, 1, "share of prompts for images that lose their text")
     cache_latents: int = within(0, 0, 10**9, "encode so many examples ahead and train from them; 0 "
         "encodes as it goes")
+    lora_rank: int = within(0, 0, 2**14, "of posttrain: low-rank training of the transformer; 0 "
+        "trains it in full, which at 7b needs a node of GPUs (--dry-run says how much)")
+    lora_scale: float = within(2.0, 1e-9, 1e9, "of the low-rank product (elsewhere alpha / rank)")
+    lora_targets: tuple[str, ...] = note(lora.TARGETS, "linear layers with a low-rank product "
+        f"(default: {' '.join(lora.TARGETS)})")
+    checkpoint_activations: bool = note(False, "keep only what enters each layer of the "
+        "transformer and compute the rest again for gradients: less memory, a third more time")
     # the machine and the log
     device: str = note("auto", "auto, cpu, cuda, ...")
     dtype: Literal["auto", "bfloat16", "float32"] = note("auto", "of matrix products (autocast)")
@@ -110,6 +119,7 @@ class TrainConfig:
 
 BATCHES = dict(batch_size=96, micro_batches=3, optimizer="muon")
 NANO_BATCHES = dict(batch_size=32, lr=2e-3, optimizer="muon", ema=0.995)
+ONE_GPU = dict(checkpoint_activations=True, dtype="bfloat16")
 PRESETS = {
     "nano": {
         "vae": dict(steps=1000, batch_size=16, lr=4e-3, optimizer="muon", ema=0.995,
@@ -127,10 +137,12 @@ PRESETS = {
         "base": dict(seed=2, steps=300, lr=2e-3, optimizer="muon"),
         "posttrain": dict(seed=3, steps=11700, image_loss_weight=5.0, input_noise=0.25) | BATCHES,
     },
-    "7b": {  # the paper's settings
-        "decoder": dict(steps=15000, batch_size=256, lr=1e-5),
-        "base": dict(steps=15000, batch_size=32, lr=1e-4, tau=1.0),
-        "posttrain": dict(steps=35000, batch_size=16, lr=1e-5, image_loss_weight=100.0),
+    "7b": {  # the paper's settings, in parts of a batch that one GPU holds
+        "decoder": dict(steps=15000, batch_size=256, micro_batches=128, lr=1e-5) | ONE_GPU,
+        "base": dict(steps=15000, batch_size=32, micro_batches=32, lr=1e-4, tau=1.0,
+                     image_loss_weight=1.0) | ONE_GPU,
+        "posttrain": dict(steps=35000, batch_size=16, micro_batches=16, lr=1e-5, lora_rank=64,
+                          lora_scale=16.0, image_loss_weight=100.0) | ONE_GPU,
     },
 }
 PICTURES = dict(tasks={"image": 1.0})
@@ -194,8 +206,8 @@ class Stage:
 # --- Stages: the autoencoder ---------------------------------------------------------------------
 
 
-def picture_batches(config: TrainConfig, resolution: int):
-    """dataset, step -> [(images (B, 3, H, W), where their details are (B, 1, H, W))]."""
+def picture_batches(config: TrainConfig, resolution: int, parts: int = 1):
+    """dataset, step -> `parts` times (images (B, 3, H, W), where their details are (B, 1, H, W))"""
 
     def make(dataset: data.Dataset, step: int) -> list[tuple[Tensor, Tensor]]:
         images, details = [], []
@@ -203,7 +215,8 @@ def picture_batches(config: TrainConfig, resolution: int):
             images.append(data.to_tensor(segment.content, resolution))
             detail = segment.detail or Image.new("L", (1, 1))
             details.append((data.to_tensor(detail, resolution)[:1] + 1) / 2)
-        return [(torch.stack(images), torch.stack(details))]
+        size = math.ceil(len(images) / parts)
+        return list(zip(*(torch.stack(t).split(size) for t in (images, details)), strict=True))
 
     return make
 
@@ -343,9 +356,10 @@ def decoder_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool
         latents = vae.encode(images.to(memory_format=torch.channels_last)).float()
         again = vae.decode(add_latent_noise(latents, config.latent_noise, generator))
         weights = config.detail_weight, config.edge_weight
-        return {"loss": reconstruction_loss(again, images, detail, *weights)}
+        share = len(images) / config.batch_size
+        return {"loss": share * reconstruction_loss(again, images, detail, *weights)}
 
-    batch = picture_batches(config, vae.config.resolution)
+    batch = picture_batches(config, vae.config.resolution, config.micro_batches)
     return Stage(vae, "vae", batch, losses, {"vae": asdict(vae.config)})
 
 
@@ -442,6 +456,9 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
             parts["codes_mixed"] = mixed * len(micro.tokens) / config.batch_size
         return parts
 
+    for layer in model.layers if config.checkpoint_activations else ():
+        keep = dict(use_reentrant=False, preserve_rng_state=False)  # a layer draws no numbers
+        layer.forward = functools.partial(recompute, layer.forward, **keep)
     if config.compile:
         model.transformer = torch.compile(model.transformer, dynamic=True)
         model.image_head.forward = torch.compile(model.image_head.forward, dynamic=True)
@@ -525,7 +542,7 @@ def to_orthus(config: TrainConfig, dataset, start: Checkpoint) -> Orthus:
     But for 7b, latent_scale and tau are measured: unit variance for the head, and a median latent
     that mixes mixed_codes codes.
     """
-    old = Orthus.from_pretrained(start, "cpu", torch.float32)
+    old = Orthus.from_pretrained(start)
     if old.config.image_head != "tokens":
         raise ValueError(f"base makes an Orthus of a Chameleon; {start} is none: use posttrain")
     given = {n: getattr(config, n) for n in BASE_ALONE if getattr(config, n) is not None}
@@ -560,14 +577,25 @@ def tau_that_mixes(codes: float, model: Orthus, latents: Tensor) -> float:
     return tau
 
 
+def place(model: Orthus, config: TrainConfig) -> None:
+    """On the device, and in fp32 all but frozen matrices, which stay as their checkpoint has them:
+    bf16 is what autocast makes of them anyway, in half the memory."""
+    frozen = {m.weight for m in model.modules() if isinstance(m, nn.Linear | lora.LowRank)
+              and not m.weight.requires_grad and config.dtype != "float32"}  # fmt: skip
+    for p in model.parameters():
+        p.data = p.data.to(config.device, None if p in frozen else torch.float32)
+
+
 def base_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -> Stage:
     """Stage 1: the backbone frozen, vision embedding and image head trained on images only."""
     model = Orthus.from_pretrained(start) if resumed else to_orthus(config, dataset, start)
-    model.to(config.device).requires_grad_(False)
+    model.requires_grad_(False)
     model.vision_embedding.requires_grad_(True)
     model.image_head.requires_grad_(True)
+    model.embed_tokens.requires_grad_(model.config.vision_embedding != "linear")
+    place(model, config)
     if model.config.vision_embedding != "linear":
-        model.embed_tokens.requires_grad_(True)  # the w_j alone: text is looked up as it is
+        # the w_j alone are trained: text is looked up as it is
         model.embed_tokens.register_forward_hook(lambda *call: call[-1].detach())
     generation = start.section("generation")
     if config.preset == "7b":  # Chameleon becomes Orthus
@@ -577,8 +605,12 @@ def base_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -
 
 
 def posttrain_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -> Stage:
-    """Stage 2: everything but the autoencoder, on all tasks."""
-    model = Orthus.from_pretrained(start, config.device, torch.float32)
+    """Stage 2: everything but the autoencoder, on all tasks; the transformer's layers by lora.py
+    where there is a rank."""
+    model = Orthus.from_pretrained(start, config.device)
+    if config.lora_rank:
+        lora.add(model.layers, config.lora_rank, config.lora_scale, config.lora_targets)
+    place(model, config)
     tokenizer, generation = start.tokenizer.read_bytes(), start.section("generation")
     return orthus_stage(config, start, model, tokenizer, generation)
 

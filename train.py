@@ -2,6 +2,7 @@
 
     python train.py vae|decoder|chameleon|base|posttrain --out DIR [--init DIR] [--resume]
     python train.py all --preset nano --out DIR    the whole road, a run per stage, its evaluation
+    python train.py STAGE --dry-run [--preset 7b]  what it trains and needs, before it is tried
     python train.py curves RUN ... --out FILE      loss curves of runs, as a picture
     torchrun --nproc-per-node N train.py ...       a stage of the transformer on N devices
 
@@ -36,6 +37,8 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import lora
+import plan
 from checkpoint import Checkpoint
 from data import Segment
 from orthus import DiffusionHead, OrthusConfig
@@ -199,11 +202,16 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What has an average: what is frozen would only be there twice."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
 @torch.no_grad()
 def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
     """average <- decay average + (1 - decay) weights; the decay warms up from 0.1."""
     decay = min(decay, (1 + step) / (10 + step))
-    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    weights = trained(model)
     torch._foreach_lerp_([average[n] for n in weights], list(weights.values()), 1 - decay)
 
 
@@ -212,18 +220,13 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, s
 
 def save(run: Path, stage: Stage, optimizer: Optimizers, average: dict, step: int, about: dict):
     """A new folder step-..., there when it is whole; the last two are kept."""
-    state = gathered({"step": step, "weights": stage.model.state_dict(), "average": average,
-                      "optimizer": optimizer.state_dict()})  # fmt: skip
+    tensors, state = contents(stage, optimizer, average, step)
     if place()[0]:
         return
     part, whole = run / "saving", run / f"step-{step:08d}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    tensors = {"model": None, "vae": stage.vae.state_dict() if stage.vae else None}
-    checkpoint.write(part, stage.config | about, **(tensors | {stage.part: state["average"]}),
-                     tokenizer=stage.tokenizer)  # fmt: skip
-    if stage.before:
-        state["before"] = stage.before.state_dict()
+    checkpoint.write(part, stage.config | about, **tensors, tokenizer=stage.tokenizer)
     with checkpoint.whole_file(part / "state.pt") as file:
         torch.save(state, file)
     with checkpoint.whole_file(part / "state.sha256") as file:
@@ -233,6 +236,21 @@ def save(run: Path, stage: Stage, optimizer: Optimizers, average: dict, step: in
     os.replace(part, whole)
     for old in sorted(run.glob("step-*"))[:-2]:
         shutil.rmtree(old)
+
+
+def contents(stage: Stage, optimizer: Optimizers, average: dict, step: int) -> tuple[dict, dict]:
+    """-> tensors of the checkpoint by part, and the state to go on from; in the first process. What
+    is frozen is saved as it is; low-rank products are merged in the one, kept apart in the other.
+    """
+    state = gathered({"step": step, "weights": stage.model.state_dict(), "average": average,
+                      "optimizer": optimizer.state_dict()})  # fmt: skip
+    if place()[0]:
+        return {}, {}
+    tensors = {"model": None, "vae": stage.vae.state_dict() if stage.vae else None}
+    tensors[stage.part] = lora.merged(stage.model, state["weights"] | state["average"])
+    if stage.before:
+        state["before"] = stage.before.state_dict()
+    return tensors, state
 
 
 def digest(path: Path) -> str:
@@ -266,7 +284,7 @@ def restore(state: dict, saved: Path, stage: Stage, optimizer: Optimizers) -> tu
         optimizer.load_state_dict(state["optimizer"])
         if stage.before:
             stage.before.load_state_dict(state["before"])
-        average = {n: shared_as(state["average"][n], p) for n, p in stage.model.named_parameters()}
+        average = {n: shared_as(state["average"][n], p) for n, p in trained(stage.model).items()}
         return average, state["step"]
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
@@ -313,16 +331,18 @@ class Validation:
                     sums[key_of] = sums.get(key_of, 0.0) + losses[key].item()
         return sums
 
-    def pictures(self, average: dict[str, Tensor], path: Path, step: int, number: int) -> None:
+    def pictures(self, average: dict[str, Tensor], path: Path, step: int, number: int,
+                 autocast) -> None:
         """Row `number` of the sheet: the fixed prompts, drawn by the averaged weights."""
-        raw = {n: p.detach().clone() for n, p in self.stage.model.named_parameters()}
+        raw = {n: p.detach().clone() for n, p in trained(self.stage.model).items()}
         own, words = self.stage.model.config, self.stage.tokenizer
         tokenizer = data.Tokenizer(words, own.image_id + 1, own.unk_id)
         defaults = Generation(**self.stage.config["generation"])
         pipeline = Pipeline(self.stage.model, self.stage.vae, tokenizer, defaults)
         self.stage.model.load_state_dict(average, strict=False)
         requests = [Request(prompt, seed) for seed, prompt in enumerate(self.prompts)]
-        answers = generate(pipeline, requests, progress=False, min_images=1, max_images=1)
+        with autocast:  # frozen weights may be bf16
+            answers = generate(pipeline, requests, progress=False, min_images=1, max_images=1)
         self.stage.model.load_state_dict(raw, strict=False)
         cells = [(a.images[0], f"{step}: {p[0].content}", "black")
                  for a, p in zip(answers, self.prompts, strict=True)]  # fmt: skip
@@ -356,13 +376,17 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and natively
 
 
+def dtype_name(config: TrainConfig, device: torch.device) -> str:
+    known = {True: "bfloat16", False: "float32"}
+    return config.dtype if config.dtype != "auto" else known[has_fast_bf16(device)]
+
+
 def choose_machine(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the products; one line says which and why."""
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    native = has_fast_bf16(device)
-    name = config.dtype if config.dtype != "auto" else "bfloat16" if native else "float32"
+    native, name = has_fast_bf16(device), dtype_name(config, device)
     why = f"bf16 is {'' if native else 'not '}native here" if config.dtype == "auto" else "as asked"
     tqdm.write(f"device {device}, {name} products ({why}), optimizer {config.optimizer}, "
                f"{torch.get_num_threads()} CPU threads")
@@ -381,7 +405,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     `about` goes into the config.json of every save ("data": what the dataset is).
     """
     device, dtype = choose_machine(config)
-    config = dataclasses.replace(config, device=str(device))
+    config = dataclasses.replace(config, device=str(device), dtype=str(dtype).split(".")[1])
     rank, ranks = place()
     state = read_state(saved) if saved else None
     torch.manual_seed(config.seed)
@@ -389,7 +413,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     if ranks > 1:
         share(stage.model, device)
     model, optimizer = stage.model, make_optimizer(stage.model, config, dtype)
-    average = {n: p.detach().clone() for n, p in model.named_parameters()}
+    average = {n: p.detach().clone() for n, p in trained(model).items()}
     first = 0
     if state:
         average, first = restore(state, saved, stage, optimizer)
@@ -450,7 +474,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
             pictures = config.pictures_every * config.validate_every * (ranks == 1)
             if pictures and stage.vae and done % pictures == 0 and validation.prompts:
                 number = done // pictures - 1
-                validation.pictures(average, run / "samples.png", done, number)
+                validation.pictures(average, run / "samples.png", done, number, autocast)
             if saves:
                 save(run, stage, optimizer, average, done, about)
             if stop and done < config.steps:
@@ -522,6 +546,81 @@ class Log:
         self.begin()
 
 
+# --- Before a run: what it will need --------------------------------------------------------------
+
+
+def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkpoint | None):
+    """Bytes of memory by kind at the fullest moment of a step, of a save and of the latents that
+    are encoded ahead; numbers of parameters; and the tensor that one part of a batch brings. The
+    step is train()'s, on tensors without numbers and the longest part of the first batch."""
+    parts, small = config.micro_batches, dataclasses.replace(config, device="cpu")
+    if name == "decoder":  # all its parts are alike
+        size = math.ceil(config.batch_size / parts)
+        small = dataclasses.replace(small, batch_size=size, micro_batches=1)
+    start = start and plan.without_numbers(start)
+    with plan.Rehearsal() as now:
+        stage = now.build(lambda: STAGES[name](small, dataset, start, False))
+        learns = list(trained(stage.model).values())
+        optimizer = make_optimizer(stage.model, small, getattr(torch, config.dtype))
+        average = {n: p.detach().clone() for n, p in trained(stage.model).items()}
+        batch = stage.batch(dataset, 0)
+        part = max(batch, key=lambda p: p.tokens.numel() if isinstance(p, MicroBatch) else 0)
+        for p in learns:  # what a step before this one left
+            p.grad = torch.zeros_like(p)
+        for each in optimizer.parts:
+            each.step()
+            each.zero_grad(set_to_none=parts == 1)
+        now.peak = now.live
+        with torch.autocast("cpu", enabled=config.dtype == "bfloat16", dtype=torch.bfloat16):
+            losses = stage.losses(part, 10**9, torch.Generator())
+        losses["loss"].backward()
+        gradients = plan.total([p.grad for p in learns])
+        nn.utils.clip_grad_norm_(stage.model.parameters(), config.grad_clip)
+        optimizer.step()
+        update_average(average, stage.model, config.ema, 0)
+        others = [m.state_dict() for m in (stage.vae, stage.before) if m]
+        kinds = {"weights": plan.total(stage.model.state_dict(), *others), "gradients": gradients,
+                 "optimiser": plan.total(optimizer.state_dict()), "average": plan.total(average)}
+        kinds["activations"] = now.peak - sum(kinds.values())
+        save = sum(map(plan.total, contents(stage, optimizer, average, 0)))
+    every = [p.numel() for p in stage.model.parameters()]
+    known = {"trained": sum(p.numel() for p in learns), "save": save, "cache": 0,
+             "shape": list(part.tokens.shape if stage.vae else part[0].shape)}  # fmt: skip
+    if stage.vae and (ahead := config.cache_latents or getattr(dataset, "__len__", int)()):
+        own = stage.vae.config
+        images = sum(len(p.images) for p in batch) / config.batch_size
+        known["cache"] = round(ahead * images * own.latents_per_image * own.latent_channels * 4)
+    return known | {"frozen": sum(every) - known["trained"], "memory": kinds, "peak": now.peak}
+
+
+def dry_run(name: str, run: Path, given: dict, resume: bool) -> None:
+    """Print what a stage will train and need."""
+    config, worlds, init = settings(name, run, given, resume)
+    config = dataclasses.replace(config, dtype=dtype_name(config, pick_device(config.device)))
+    dataset, start = Schedule(worlds, config, config.seed), None
+    if init:
+        start = checkpoint.open_checkpoint(init)
+        check_size(start, config.preset)
+    elif name != "vae":
+        some = [s for i in range(64) for s in dataset.example(i) if not s.is_image]
+        start = plan.blank(name, config.preset, [s.content for s in some])
+    found = figures(name, config, dataset, start)
+    gigabytes = {kind: f"{size / 1e9:,.3f}" for kind, size in found["memory"].items()}
+    rows = {
+        "steps": f"{config.steps:,}", "examples": f"{config.steps * config.batch_size:,}",
+        "parameters, trained": f"{found['trained']:,}",
+        "parameters, frozen": f"{found['frozen']:,}",
+        **{f"memory, {kind}": f"{size} GB" for kind, size in gigabytes.items()},
+        "memory, at the peak": f"{found['peak'] / 1e9:,.3f} GB",
+        "disk, a save": f"{found['save'] / 1e9:,.3f} GB",
+        "disk, latents ahead": f"{found['cache'] / 1e9:,.3f} GB",
+    }  # fmt: skip
+    print(f"{name} at {config.preset}, {config.dtype}, {config.micro_batches} parts a batch, the "
+          f"longest {found['shape']}; a run holds up to 3 saves")
+    width = max(map(len, rows.values()))
+    print("\n".join(f"    {row:22}{value:>{width}}" for row, value in rows.items()))
+
+
 # --- Command line --------------------------------------------------------------------------------
 
 
@@ -563,11 +662,15 @@ def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConf
         raise ValueError(f"preset {preset!r} has no stage {name}; known: {known}")
     else:
         before["config"] |= PRESETS[preset][name]
+        if parts := before["config"].get("micro_batches"):  # a smaller batch has fewer
+            before["config"]["micro_batches"] = min(parts, given.get("batch_size", parts))
         before["world"] = WORLDS[preset][name]
     own = {key: value for key, value in given.items() if key in fields}
     if name != "base" and (wrong := [key for key in BASE_ALONE if key in own]):
         raise ValueError(f"{wrong[0]} is set in stage base, where a Chameleon becomes an Orthus; "
                          f"stage {name} keeps what the checkpoint has")
+    if name != "posttrain" and own.get("lora_rank"):
+        raise ValueError(f"lora_rank is {own['lora_rank']} for stage {name}; it is of posttrain")
     world = {key: value for key, value in given.items() if key not in (*fields, "init")}
     try:
         config = checkpoint.build(TrainConfig, before["config"] | own, f"stage {name}")
@@ -718,14 +821,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("stage", choices=[*STAGES, "all", "curves"])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="of curves: folders of runs")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the run's folder; of curves, "
-                        "the picture's file")  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", help="the run's folder; of curves, the picture's "
+                        "file")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print what a stage trains, its "
+                        "memory and disk space; nothing is loaded or written")  # fmt: skip
     parser.add_argument("--init", metavar="DIR", help="the checkpoint or run to start from")
     parser.add_argument("--resume", action="store_true", help="go on from the newest save")
     checkpoint.add_flags(parser, TrainConfig)
     checkpoint.add_flags(parser, ShapesConfig, ("tasks", "captions", "questions", "edits", "digits",
                                                 "max_objects"))  # fmt: skip
     args = parser.parse_args(argv)
+    if args.dry_run and args.stage not in STAGES:
+        parser.error(f"--dry-run is of one stage, not of {args.stage}")
+    if args.out is None and (args.resume or not args.dry_run):
+        parser.error("--out is missing; give a directory for the run")
     if bool(args.runs) != (args.stage == "curves"):
         parser.error("curves takes folders of runs, and no stage does")
     return args
@@ -733,9 +842,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(args).items() if v is not None}
-    stage, runs, out, resume = (given.pop(k) for k in ("stage", "runs", "out", "resume"))
+    stage, runs, resume, dry = (given.pop(k) for k in ("stage", "runs", "resume", "dry_run"))
+    out = given.pop("out", "")
     join()
-    if stage == "curves":
+    if dry:
+        dry_run(stage, Path(out), given, resume)
+    elif stage == "curves":
         curves(runs, out)
     elif stage == "all":
         train_all(out, given)

@@ -457,11 +457,14 @@ FIELDS = {
     "zero_terminal_snr": ("base", False, {}), "diffusion_batch_multiplier": ("base", 1, {}),
     "input_noise": ("posttrain", 0.0, {}), "guidance_dropout": ("posttrain", 1.0, {}),
     "cache_latents": ("posttrain", 3, {}), "dtype": ("decoder", "bfloat16", {}),
+    "lora_rank": ("posttrain", 2, {}), "lora_scale": ("posttrain", 9.0, dict(lora_rank=2)),
+    "lora_targets": ("posttrain", ("q_proj",), dict(lora_rank=2)),
     "log_every": ("decoder", 2, {}), "save_every": ("decoder", 1, {}),
     "validate_every": ("decoder", 1, {}),
     "pictures_every": ("posttrain", 2, dict(validate_every=1)),
 }  # fmt: skip
-ELSEWHERE = {"preset", "device", "threads", "workers", "compile", "tensorboard"}
+ELSEWHERE = {"preset", "device", "threads", "workers", "compile", "tensorboard",
+             "checkpoint_activations"}
 
 
 def traces(run) -> tuple:
