@@ -35,7 +35,7 @@ import checkpoint
 import data
 import lora
 from checkpoint import Checkpoint, within
-from data import Segment
+from data import FORMATS, Segment
 from orthus import HEADS, Orthus, OrthusConfig, randn
 from sample import Generation
 from vae import VQVAE, VQVAEConfig
@@ -98,6 +98,11 @@ class TrainConfig:
         f"(default: {' '.join(lora.TARGETS)})")
     checkpoint_activations: bool = note(False, "keep only what enters each layer of the "
         "transformer and compute the rest again for gradients: less memory, a third more time")
+    # users' own data, in place of the Shapes world
+    data: str = note("", "your own files: PATH[,PATH...], each a file or folder of a --format")
+    format: Literal[tuple(FORMATS)] | None = note(None, "of --data (nothing: what it is like)")
+    images: str = note("", "the folder that images in --data are named from (nothing: its own)")
+    strict: bool = note(False, "stop at the first row of --data that cannot be used")
     # the machine and the log
     device: str = note("auto", "auto, cpu, cuda, ...")
     dtype: Literal["auto", "bfloat16", "float32"] = note("auto", "of matrix products (autocast)")
@@ -398,6 +403,10 @@ def sequence_batches(config: TrainConfig, model: OrthusConfig, resolution: int,
             if draws and rng.random() < config.guidance_dropout:
                 segments = drop_prompt(segments, rng)
             sequences.append(data.layout(segments, tokenizer, model))
+        sequences = [s for s in sequences if len(s.tokens) <= model.max_position_embeddings]
+        if not sequences:
+            raise ValueError(f"every example of step {step} is longer than the context of "
+                             f"{model.max_position_embeddings} tokens; give shorter ones")
         sequences.sort(key=lambda s: len(s.tokens))
         size = math.ceil(len(sequences) / config.micro_batches)
         parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]
@@ -513,6 +522,10 @@ class Encoded:
         return self.segments[index]
 
 
+def words_of(texts: list[str]) -> set[str]:
+    return {word.strip(".,?!") for text in texts for word in text.split()} - {""}
+
+
 def chameleon_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -> Stage:
     """The discrete ancestor, from scratch: nearest codes in, image tokens out (eq. 1, 2)."""
     sizes = OrthusConfig.preset(config.preset, vision_embedding="argmin", image_head="tokens")
@@ -528,8 +541,7 @@ def chameleon_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bo
     texts = [*dataset.texts(), UNCONDITIONAL]
     pieces = sizes.vocab_size - sizes.image_id  # what the vocabulary has left, and the unknown
     tokenizer = data.train_tokenizer(texts, pieces)
-    words = sorted({word.strip(".,?!") for text in texts for word in text.split()})
-    generation = asdict(dataclasses.replace(GENERATION, words=words))
+    generation = asdict(dataclasses.replace(GENERATION, words=sorted(words_of(texts))))
     return orthus_stage(config, start, model.to(config.device), tokenizer, generation)
 
 
@@ -612,6 +624,8 @@ def posttrain_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bo
         lora.add(model.layers, config.lora_rank, config.lora_scale, config.lora_targets)
     place(model, config)
     tokenizer, generation = start.tokenizer.read_bytes(), start.section("generation")
+    if config.data and generation.get("words"):  # a small model that will know more of them
+        generation["words"] = sorted({*generation["words"], *words_of(dataset.texts())})
     return orthus_stage(config, start, model, tokenizer, generation)
 
 

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import sys
@@ -45,7 +46,7 @@ from orthus import DiffusionHead, OrthusConfig
 from sample import Generation, Pipeline, Request, generate, pick_device
 from shapes import Shapes, ShapesConfig, shapes_texts
 from stages import (BASE_ALONE, PRESETS, STAGES, WORLDS, Encoded, MicroBatch, Stage, TrainConfig,
-                    asdict)
+                    asdict, words_of)
 from vae import VQVAEConfig
 
 
@@ -393,6 +394,11 @@ def choose_machine(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, name)
 
 
+def noise_seed(seed: int, step: int, number: int) -> int:
+    """Of one micro-batch's noise, in 32 bits: a generator on a CPU reads no more of its seed."""
+    return random.Random(f"noise {seed} {step} {number}").getrandbits(32)
+
+
 class Stopped(Exception):
     """SIGTERM: the run was saved and ends well."""
 
@@ -448,8 +454,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
                 group["lr"] = learning_rate(config, step)
             sums = {}
             for number in range(rank, len(batch), ranks):
-                # this is 2**32 / 1.618, whose multiples are far apart in a generator's 32 bits
-                generator.manual_seed(config.seed * 2**32 + (step + number * 0x9E3779B9) % 2**32)
+                generator.manual_seed(noise_seed(config.seed, step, number))
                 with autocast:
                     losses = stage.losses(to(batch[number], device), step, generator)
                 (losses["loss"] if ranks == 1 else for_all(losses["loss"], model)).backward()
@@ -472,8 +477,9 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
                 log.write(done, learning_rate(config, step),
                           validation.losses(autocast) if checks else {})  # fmt: skip
             pictures = config.pictures_every * config.validate_every * (ranks == 1)
-            if pictures and stage.vae and done % pictures == 0 and validation.prompts:
-                number = done // pictures - 1
+            draws = pictures and stage.vae and validation.prompts
+            if draws and (done % pictures == 0 or done == config.steps):
+                number = math.ceil(done / pictures) - 1
                 validation.pictures(average, run / "samples.png", done, number, autocast)
             if saves:
                 save(run, stage, optimizer, average, done, about)
@@ -672,6 +678,8 @@ def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConf
     if name != "posttrain" and own.get("lora_rank"):
         raise ValueError(f"lora_rank is {own['lora_rank']} for stage {name}; it is of posttrain")
     world = {key: value for key, value in given.items() if key not in (*fields, "init")}
+    if world and own.get("data"):
+        raise ValueError(f"{min(world)} is of the Shapes world; --data {own['data']} has its own")
     try:
         config = checkpoint.build(TrainConfig, before["config"] | own, f"stage {name}")
         worlds = [[float(share), asdict(checkpoint.build(ShapesConfig, w | world, "the world"))]
@@ -691,6 +699,24 @@ def check_size(start: Checkpoint, preset: str) -> None:
     if fitting and preset not in fitting:
         raise ValueError(f"{start} has the size of preset {fitting[0]}, not {preset} ({name} is "
                          f"{value}); give --preset {fitting[0]}")
+
+
+def open_data(config: TrainConfig, worlds: list, start: Checkpoint | None) -> tuple:
+    """-> what to train on, what is held out, and what config.json says of it."""
+    if not config.data:
+        seeds = config.seed, config.seed + 2**32
+        return *(Schedule(worlds, config, seed) for seed in seeds), worlds[-1][1]
+    vae = start.section("vae") if start else asdict(VQVAEConfig.preset(config.preset))
+    own = data.open_dataset(config.data.split(","), vae["resolution"], config.format,
+                            config.images or None, config.strict)  # fmt: skip
+    if start and "model" in start.config:
+        tokenizer, unknown = data.Tokenizer.from_pretrained(start), start.section("model")["unk_id"]
+        words = sorted(words_of(own[0].texts()))
+        if strange := [word for word in words if unknown in tokenizer.encode(word)]:
+            tqdm.write(f"warning: {len(strange)} of {len(words)} words have letters that the "
+                       f"tokenizer of {start} does not know ({', '.join(strange[:5])}); only a "
+                       "model trained from stage vae on has one made for them")  # fmt: skip
+    return *own, {"files": config.data, "fingerprint": own[0].fingerprint()}
 
 
 def start_run(name: str, out: str, given: dict, resume: bool) -> None:
@@ -726,6 +752,7 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
     if start:
         check_size(start, config.preset)
     pick_device(config.device)
+    *datasets, about = open_data(config, worlds, start)
     if ranks > 1:
         dist.barrier()  # all have looked at the folder
     run.mkdir(parents=True, exist_ok=True)
@@ -734,10 +761,8 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
                   "config": asdict(config), "torch": torch.__version__}  # fmt: skip
         if rank == 0:
             checkpoint.write_json(run / "run.json", record)
-        seeds = config.seed, config.seed + 2**32
-        dataset, held_out = (Schedule(worlds, config, seed) for seed in seeds)
         try:
-            train(name, config, dataset, held_out, run, start, {"data": worlds[-1][1]}, saved)
+            train(name, config, *datasets, run, start, {"data": about}, saved)
         except Stopped:
             tqdm.write(f"stopped and saved; --resume goes on from {newest_save(run)}")
 
@@ -771,7 +796,8 @@ def train_all(out: str, given: dict) -> None:
             tqdm.write(f"stage {name}: {config.steps} steps, {minutes:.1f} minutes")
         init = str(run)
     publish(init, out)
-    print(evaluate.report(out, Path(out)))
+    if not given.get("data"):  # its judge knows the Shapes world alone
+        print(evaluate.report(out, Path(out)))
 
 
 def publish(run: str | Path, out: str | Path) -> None:

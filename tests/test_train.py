@@ -194,12 +194,19 @@ def test_what_is_differentiated_is_the_papers_loss_with_the_runs_own_lambda(
     drawn = labels == model.config.image_id
     text = (labels != -100) & ~drawn
     wanted = batch.labels[batch.tokens == model.config.image_id] == model.config.image_id
-    generator = torch.Generator().manual_seed(3 * 2**32)
+    generator = torch.Generator().manual_seed(train.noise_seed(3, 0, 0))
     torch.randn(encoded.shape, generator=generator)  # of the input noise, here times zero
     image = model.image_head.loss(hidden[drawn], encoded[wanted], generator=generator)
     (F.cross_entropy(model.lm_head(hidden[text]), labels[text]) + 7.0 * image).backward()
     for name, p in model.named_parameters():
         close(seen[name], torch.zeros_like(p) if p.grad is None else p.grad, 1e-5, 1e-3)
+
+
+def test_noise_depends_on_seed_step_and_micro_batch():
+    numbers = itertools.product(range(3), range(3), range(3))
+    drawn = {torch.randn(1, generator=torch.Generator().manual_seed(train.noise_seed(*n))).item()
+             for n in numbers}  # fmt: skip
+    assert len(drawn) == 27
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine(road, tmp_path, at_step):
@@ -464,7 +471,7 @@ FIELDS = {
     "pictures_every": ("posttrain", 2, dict(validate_every=1)),
 }  # fmt: skip
 ELSEWHERE = {"preset", "device", "threads", "workers", "compile", "tensorboard",
-             "checkpoint_activations"}
+             "checkpoint_activations", "data", "format", "images", "strict"}
 
 
 def traces(run) -> tuple:
@@ -881,3 +888,67 @@ def test_flags_of_the_world_reach_the_data(road, tmp_path, cli):
     assert world["tasks"] == {"editing": 1.0} and world["edits"] == {"add": 1.0}
     assert world["max_objects"] == 3 and world["digits"] == 0.25
     assert world["captions"] == {"two objects": 1.0} and world["questions"] == {"count": 1.0}
+
+
+# --- Users' own data ---
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight captioned discs."""
+    (tmp_path / "discs").mkdir()
+    for i in range(8):
+        disc(i % 5 * 4, (30 * i, 60, 30)).save(tmp_path / f"discs/{i}.png")
+        (tmp_path / f"discs/{i}.txt").write_text(f"a pale disc {i}")
+    return tmp_path / "discs"
+
+
+def own(stage: str, run, init, folder, *more) -> list:
+    start = [] if init is None else ["--init", init]
+    return [stage, *flags(run, init, *more)[1:3], *start, *flags(run, init, *more)[5:],
+            "--data", folder]  # fmt: skip
+
+
+def test_own_data_take_every_stage_and_are_known_to_a_resumed_run(cli, road, folder, tmp_path):
+    init = None
+    for name in train.STAGES:
+        run = tmp_path / name
+        assert cli(*own(name, run, init, folder))[0] == 0
+        init = run
+    config = checkpoint.open_checkpoint(run).config
+    assert config["data"]["files"] == str(folder) and "pale" in config["generation"]["words"]
+    assert cli("posttrain", "--out", run, "--resume", "--steps", 7)[0] == 0
+    assert lines(run)[-1]["step"] == 7
+    assert json.loads((run / "run.json").read_text())["config"]["data"] == str(folder)
+    (folder / "3.txt").write_text("another disc")  # what was encoded ahead is no longer it
+    (old,) = (run / "encoded").glob("what.json")
+    before = old.read_text()
+    assert cli("posttrain", "--out", run, "--resume", "--steps", 8)[0] == 0
+    assert old.read_text() != before
+
+
+def test_own_data_are_what_is_learned_from(cli, road, folder, tmp_path):
+    losses = []
+    for run in (tmp_path / "a", tmp_path / "b"):
+        assert cli(*own("decoder", run, road["decoder"], folder))[0] == 0
+        losses.append(lines(run)[0]["loss"])
+        for picture in folder.glob("*.png"):
+            Image.new("RGB", (32, 32)).save(picture)
+    assert losses[0] != losses[1]
+
+
+def test_own_data_that_do_not_fit_are_said(cli, road, folder, tmp_path, capsys):
+    init = road["posttrain"]
+    assert "tasks" in cli(*own("posttrain", tmp_path / "a", init, folder, "--tasks", "story=1"))[1]
+    assert cli(*own("posttrain", tmp_path / "a", init, tmp_path / "none"))[0] == 2
+    assert not (tmp_path / "a").exists()  # all that is cheap is checked first
+    (folder / "8.png").write_bytes(b"no picture")
+    (folder / "8.txt").write_text("broken")
+    code, said = cli(*own("posttrain", tmp_path / "a", init, folder, "--strict"))
+    assert code == 2 and "8" in said
+    (folder / "1.txt").write_text("a pale \u00e9\u00e8 disc " * 200)  # and longer than the context
+    assert cli(*own("posttrain", tmp_path / "b", init, folder))[0] == 0
+    for text in folder.glob("*.txt"):
+        text.write_text("disc " * 600)
+    code, said = cli(*own("posttrain", tmp_path / "c", init, folder))
+    assert code == 2 and "longer than the context" in said
