@@ -7,8 +7,10 @@ many positions are text or image decides the shapes of all that follows.
 """
 
 import contextlib
+import dataclasses
 import gc
 import io
+import math
 import types
 import weakref
 from collections.abc import Callable
@@ -23,9 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import data
+import train
 from checkpoint import Checkpoint
 from orthus import Orthus, OrthusConfig
-from stages import GENERATION, UNCONDITIONAL, asdict
+from sample import pick_device
+from stages import GENERATION, STAGES, UNCONDITIONAL, MicroBatch, TrainConfig, asdict
 from vae import VQVAE, VQVAEConfig
 
 aten = torch.ops.aten
@@ -111,3 +115,75 @@ def without_numbers(source: Checkpoint) -> Checkpoint:
         return {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in shapes[part].items()}
 
     return Checkpoint(source.directory, source.config, read, source.tokenizer_path)
+
+
+def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkpoint | None):
+    """Bytes of memory by kind at the fullest moment of a step, of a save and of the latents that
+    are encoded ahead; numbers of parameters; and the tensor that one part of a batch brings. The
+    step is train()'s, on tensors without numbers and the longest part of the first batch."""
+    parts, small = config.micro_batches, dataclasses.replace(config, device="cpu")
+    if name == "decoder":  # all its parts are alike
+        size = math.ceil(config.batch_size / parts)
+        small = dataclasses.replace(small, batch_size=size, micro_batches=1)
+    start = start and without_numbers(start)
+    with Rehearsal() as now:
+        stage = now.build(lambda: STAGES[name](small, dataset, start, False))
+        learns = list(train.trained(stage.model).values())
+        optimizer = train.make_optimizer(stage.model, small, getattr(torch, config.dtype))
+        average = {n: p.detach().clone() for n, p in train.trained(stage.model).items()}
+        batch = stage.batch(dataset, 0)
+        part = max(batch, key=lambda p: p.tokens.numel() if isinstance(p, MicroBatch) else 0)
+        for p in learns:  # what a step before this one left
+            p.grad = torch.zeros_like(p)
+        for each in optimizer.parts:
+            each.step()
+            each.zero_grad(set_to_none=parts == 1)
+        now.peak = now.live
+        with torch.autocast("cpu", enabled=config.dtype == "bfloat16", dtype=torch.bfloat16):
+            losses = stage.losses(part, 10**9, torch.Generator())
+        losses["loss"].backward()
+        gradients = total([p.grad for p in learns])
+        nn.utils.clip_grad_norm_(stage.model.parameters(), config.grad_clip)
+        optimizer.step()
+        train.update_average(average, stage.model, config.ema, 0)
+        others = [m.state_dict() for m in (stage.vae, stage.before) if m]
+        kinds = {"weights": total(stage.model.state_dict(), *others), "gradients": gradients,
+                 "optimiser": total(optimizer.state_dict()), "average": total(average)}
+        kinds["activations"] = now.peak - sum(kinds.values())
+        save = sum(map(total, train.contents(stage, optimizer, average, 0)))
+    every = [p.numel() for p in stage.model.parameters()]
+    known = {"trained": sum(p.numel() for p in learns), "save": save, "cache": 0,
+             "shape": list(part.tokens.shape if stage.vae else part[0].shape)}  # fmt: skip
+    if stage.vae and (ahead := config.cache_latents or getattr(dataset, "__len__", int)()):
+        own = stage.vae.config
+        images = sum(len(p.images) for p in batch) / config.batch_size
+        known["cache"] = round(ahead * images * own.latents_per_image * own.latent_channels * 4)
+    return known | {"frozen": sum(every) - known["trained"], "memory": kinds, "peak": now.peak}
+
+
+def dry_run(name: str, run: Path, given: dict, resume: bool) -> None:
+    """Print what a stage will train and need."""
+    config, worlds, init = train.settings(name, run, given, resume)
+    config = dataclasses.replace(config, dtype=train.dtype_name(config, pick_device(config.device)))
+    start = checkpoint.open_checkpoint(init) if init else None
+    dataset = train.open_data(config, worlds, start)[0]
+    if start:
+        train.check_size(start, config.preset)
+    elif name != "vae":
+        some = [s for i in range(64) for s in dataset.example(i) if not s.is_image]
+        start = blank(name, config.preset, [s.content for s in some])
+    found = figures(name, config, dataset, start)
+    gigabytes = {kind: f"{size / 1e9:,.3f}" for kind, size in found["memory"].items()}
+    rows = {
+        "steps": f"{config.steps:,}", "examples": f"{config.steps * config.batch_size:,}",
+        "parameters, trained": f"{found['trained']:,}",
+        "parameters, frozen": f"{found['frozen']:,}",
+        **{f"memory, {kind}": f"{size} GB" for kind, size in gigabytes.items()},
+        "memory, at the peak": f"{found['peak'] / 1e9:,.3f} GB",
+        "disk, a save": f"{found['save'] / 1e9:,.3f} GB",
+        "disk, latents ahead": f"{found['cache'] / 1e9:,.3f} GB",
+    }  # fmt: skip
+    print(f"{name} at {config.preset}, {config.dtype}, {config.micro_batches} parts a batch, the "
+          f"longest {found['shape']}; a run holds up to 3 saves")
+    width = max(map(len, rows.values()))
+    print("\n".join(f"    {row:22}{value:>{width}}" for row, value in rows.items()))

@@ -39,7 +39,6 @@ from tqdm import tqdm
 import checkpoint
 import data
 import lora
-import plan
 from checkpoint import Checkpoint
 from data import Segment
 from orthus import DiffusionHead, OrthusConfig
@@ -552,81 +551,6 @@ class Log:
         self.begin()
 
 
-# --- Before a run: what it will need --------------------------------------------------------------
-
-
-def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkpoint | None):
-    """Bytes of memory by kind at the fullest moment of a step, of a save and of the latents that
-    are encoded ahead; numbers of parameters; and the tensor that one part of a batch brings. The
-    step is train()'s, on tensors without numbers and the longest part of the first batch."""
-    parts, small = config.micro_batches, dataclasses.replace(config, device="cpu")
-    if name == "decoder":  # all its parts are alike
-        size = math.ceil(config.batch_size / parts)
-        small = dataclasses.replace(small, batch_size=size, micro_batches=1)
-    start = start and plan.without_numbers(start)
-    with plan.Rehearsal() as now:
-        stage = now.build(lambda: STAGES[name](small, dataset, start, False))
-        learns = list(trained(stage.model).values())
-        optimizer = make_optimizer(stage.model, small, getattr(torch, config.dtype))
-        average = {n: p.detach().clone() for n, p in trained(stage.model).items()}
-        batch = stage.batch(dataset, 0)
-        part = max(batch, key=lambda p: p.tokens.numel() if isinstance(p, MicroBatch) else 0)
-        for p in learns:  # what a step before this one left
-            p.grad = torch.zeros_like(p)
-        for each in optimizer.parts:
-            each.step()
-            each.zero_grad(set_to_none=parts == 1)
-        now.peak = now.live
-        with torch.autocast("cpu", enabled=config.dtype == "bfloat16", dtype=torch.bfloat16):
-            losses = stage.losses(part, 10**9, torch.Generator())
-        losses["loss"].backward()
-        gradients = plan.total([p.grad for p in learns])
-        nn.utils.clip_grad_norm_(stage.model.parameters(), config.grad_clip)
-        optimizer.step()
-        update_average(average, stage.model, config.ema, 0)
-        others = [m.state_dict() for m in (stage.vae, stage.before) if m]
-        kinds = {"weights": plan.total(stage.model.state_dict(), *others), "gradients": gradients,
-                 "optimiser": plan.total(optimizer.state_dict()), "average": plan.total(average)}
-        kinds["activations"] = now.peak - sum(kinds.values())
-        save = sum(map(plan.total, contents(stage, optimizer, average, 0)))
-    every = [p.numel() for p in stage.model.parameters()]
-    known = {"trained": sum(p.numel() for p in learns), "save": save, "cache": 0,
-             "shape": list(part.tokens.shape if stage.vae else part[0].shape)}  # fmt: skip
-    if stage.vae and (ahead := config.cache_latents or getattr(dataset, "__len__", int)()):
-        own = stage.vae.config
-        images = sum(len(p.images) for p in batch) / config.batch_size
-        known["cache"] = round(ahead * images * own.latents_per_image * own.latent_channels * 4)
-    return known | {"frozen": sum(every) - known["trained"], "memory": kinds, "peak": now.peak}
-
-
-def dry_run(name: str, run: Path, given: dict, resume: bool) -> None:
-    """Print what a stage will train and need."""
-    config, worlds, init = settings(name, run, given, resume)
-    config = dataclasses.replace(config, dtype=dtype_name(config, pick_device(config.device)))
-    dataset, start = Schedule(worlds, config, config.seed), None
-    if init:
-        start = checkpoint.open_checkpoint(init)
-        check_size(start, config.preset)
-    elif name != "vae":
-        some = [s for i in range(64) for s in dataset.example(i) if not s.is_image]
-        start = plan.blank(name, config.preset, [s.content for s in some])
-    found = figures(name, config, dataset, start)
-    gigabytes = {kind: f"{size / 1e9:,.3f}" for kind, size in found["memory"].items()}
-    rows = {
-        "steps": f"{config.steps:,}", "examples": f"{config.steps * config.batch_size:,}",
-        "parameters, trained": f"{found['trained']:,}",
-        "parameters, frozen": f"{found['frozen']:,}",
-        **{f"memory, {kind}": f"{size} GB" for kind, size in gigabytes.items()},
-        "memory, at the peak": f"{found['peak'] / 1e9:,.3f} GB",
-        "disk, a save": f"{found['save'] / 1e9:,.3f} GB",
-        "disk, latents ahead": f"{found['cache'] / 1e9:,.3f} GB",
-    }  # fmt: skip
-    print(f"{name} at {config.preset}, {config.dtype}, {config.micro_batches} parts a batch, the "
-          f"longest {found['shape']}; a run holds up to 3 saves")
-    width = max(map(len, rows.values()))
-    print("\n".join(f"    {row:22}{value:>{width}}" for row, value in rows.items()))
-
-
 # --- Command line --------------------------------------------------------------------------------
 
 
@@ -872,7 +796,9 @@ def run(args: argparse.Namespace) -> None:
     out = given.pop("out", "")
     join()
     if dry:
-        dry_run(stage, Path(out), given, resume)
+        import plan  # it imports this file, and only this needs it
+
+        plan.dry_run(stage, Path(out), given, resume)
     elif stage == "curves":
         curves(runs, out)
     elif stage == "all":

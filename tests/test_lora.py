@@ -13,6 +13,7 @@ import checkpoint
 import data
 import lora
 import orthus
+import plan
 import sample
 import stages
 import train
@@ -344,7 +345,7 @@ def test_a_dry_run_foretells_a_real_step(tmp_path, monkeypatch, case):
     init = write_start(tmp_path / "start", preset, **kind) if name != "vae" else None
     config = make_config(name, preset, device="cpu", **CASES[case])
     begin = checkpoint.open_checkpoint(init) if init else None
-    found, real = train.figures(name, config, World(), begin), measured(name, config, init)
+    found, real = plan.figures(name, config, World(), begin), measured(name, config, init)
     for key in ("weights", "gradients", "optimiser", "average"):
         assert found["memory"][key] == pytest.approx(real[key], rel=0.1), key
     held = sum(found["memory"][key] for key in ("weights", "optimiser", "average"))
@@ -359,7 +360,7 @@ def test_a_dry_run_foretells_a_save_and_the_latents_ahead(start, tmp_path, rank)
     saved = train.newest_save(run)
     written = sum(p.stat().st_size for p in saved.iterdir() if p.suffix in (".safetensors", ".pt"))
     config = make_config("posttrain", device="cpu", **options)
-    found = train.figures("posttrain", config, World(), checkpoint.open_checkpoint(start))
+    found = plan.figures("posttrain", config, World(), checkpoint.open_checkpoint(start))
     assert found["save"] == pytest.approx(written, rel=0.1)
     assert found["cache"] == pytest.approx((run / "encoded" / "latents").stat().st_size, rel=0.1)
     model = make_stage("posttrain", start, **options).model
