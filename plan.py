@@ -29,7 +29,7 @@ import train
 from checkpoint import Checkpoint
 from orthus import Orthus, OrthusConfig
 from sample import pick_device
-from stages import GENERATION, STAGES, UNCONDITIONAL, MicroBatch, TrainConfig, asdict
+from stages import GENERATION, STAGES, UNCONDITIONAL, MicroBatch, TrainConfig, asdict, examples
 from vae import VQVAE, VQVAEConfig
 
 aten = torch.ops.aten
@@ -126,12 +126,13 @@ def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkp
         size = math.ceil(config.batch_size / parts)
         small = dataclasses.replace(small, batch_size=size, micro_batches=1)
     start = start and without_numbers(start)
+    first = examples(dataset, 0, small.batch_size)  # real pictures, so before the rehearsal
     with Rehearsal() as now:
         stage = now.build(lambda: STAGES[name](small, dataset, start, False))
         learns = list(train.trained(stage.model).values())
         optimizer = train.make_optimizer(stage.model, small, getattr(torch, config.dtype))
         average = {n: p.detach().clone() for n, p in train.trained(stage.model).items()}
-        batch = stage.batch(dataset, 0)
+        batch = stage.batch(types.SimpleNamespace(example=first.__getitem__), 0)
         part = max(batch, key=lambda p: p.tokens.numel() if isinstance(p, MicroBatch) else 0)
         for p in learns:  # what a step before this one left
             p.grad = torch.zeros_like(p)
