@@ -204,6 +204,7 @@ class Stage:
     config: dict  # sections of the checkpoint's config.json
     vae: VQVAE | None = None  # an autoencoder that stays as it is
     tokenizer: bytes | None = None
+    others: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # parts that go along
     before: nn.Module | None = None  # what a resumed run must find as it was at its first step
     after_step: Callable[[int, Callable, dict], None] | None = None  # step, moments of, average
 
@@ -345,8 +346,7 @@ def vae_stage(config: TrainConfig, dataset, start: Checkpoint | None, resumed: b
         tqdm.write(f"step {step + 1}: {int(dead.sum())} of {len(codebook)} codes set from data")
 
     batch = picture_batches(config, vae.config.resolution)
-    sections = {"vae": asdict(vae.config)}
-    return Stage(vae, "vae", batch, losses, sections, before=before, after_step=revive)
+    return vae_of(start, vae, batch, losses, before=before, after_step=revive)
 
 
 def decoder_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -> Stage:
@@ -365,7 +365,18 @@ def decoder_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool
         return {"loss": share * reconstruction_loss(again, images, detail, *weights)}
 
     batch = picture_batches(config, vae.config.resolution, config.micro_batches)
-    return Stage(vae, "vae", batch, losses, {"vae": asdict(vae.config)})
+    return vae_of(start, vae, batch, losses)
+
+
+def vae_of(start: Checkpoint | None, vae: VQVAE, batch, losses, **more) -> Stage:
+    """An autoencoder's stage; the model of the checkpoint that it is from goes along."""
+    sections = {"vae": asdict(vae.config)}
+    if start is None or "model" not in start.config:
+        return Stage(vae, "vae", batch, losses, sections, **more)
+    sections |= {name: start.section(name) for name in ("model", "generation")}
+    others = {"model": start.tensors("model")}
+    tokenizer = start.tokenizer.read_bytes()
+    return Stage(vae, "vae", batch, losses, sections, None, tokenizer, others, **more)
 
 
 # --- Stages: the transformer ---------------------------------------------------------------------

@@ -246,7 +246,7 @@ def contents(stage: Stage, optimizer: Optimizers, average: dict, step: int) -> t
                       "optimizer": optimizer.state_dict()})  # fmt: skip
     if place()[0]:
         return {}, {}
-    tensors = {"model": None, "vae": stage.vae.state_dict() if stage.vae else None}
+    tensors = {"model": None, "vae": stage.vae.state_dict() if stage.vae else None} | stage.others
     tensors[stage.part] = lora.merged(stage.model, state["weights"] | state["average"])
     if stage.before:
         state["before"] = stage.before.state_dict()

@@ -890,6 +890,15 @@ def test_flags_of_the_world_reach_the_data(road, tmp_path, cli):
     assert world["captions"] == {"two objects": 1.0} and world["questions"] == {"count": 1.0}
 
 
+def test_a_model_goes_along_where_its_autoencoder_is_trained(road, tmp_path):
+    for name in ("vae", "decoder"):
+        run = run_stage(name, tmp_path / name, road["end"])
+        old, new = (checkpoint.open_checkpoint(place) for place in (road["end"], run))
+        assert same(old.tensors("model"), new.tensors("model"))
+        assert not same(old.tensors("vae"), new.tensors("vae"))
+        sample.load(run)
+
+
 # --- Users' own data ---
 
 
