@@ -247,16 +247,9 @@ def reconstruct(vae, images: Tensor) -> Tensor:
 
 def distances(some: Tensor, others: Tensor) -> Tensor:
     """(N, 3, H, W) and (M, 3, H, W) in [-1, 1] -> (N, M), in grey levels."""
-<<<<<<< HEAD
-    some, others = some.flatten(1), others.flatten(1)
-    # by differences: the faster way by products does not give a picture 0 to itself
-    far = torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist")
-    return 127.5 * far / some.shape[1] ** 0.5
-=======
     # the products of float32 would not give a picture 0 to itself; plain differences are slow
     some, others = some.flatten(1).double(), others.flatten(1).double()
     return 127.5 * torch.cdist(some, others) / some.shape[1] ** 0.5
->>>>>>> emoji
 
 
 @dataclass

@@ -289,11 +289,7 @@ def test_answers_without_a_picture_count_as_white(judged):
 def test_sheet_and_count_and_seed(judged, tmp_path):
     _, first = judged(lambda t: t, "--count", 1, "--sheet", tmp_path / "a.png")
     assert "1 x trained caption" in first and "1 x held-out edit" in first
-<<<<<<< HEAD
-    assert Image.open(tmp_path / "a.png").width > 8 * 96
-=======
     assert Image.open(tmp_path / "a.png").width == 8 * 104 + 8
->>>>>>> emoji
     judged(lambda t: t, "--count", 1, "--sheet", tmp_path / "b.png")
     judged(lambda t: t, "--count", 1, "--sheet", tmp_path / "c.png", "--seed", 1)
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
@@ -310,11 +306,7 @@ def test_distance_in_grey_levels():
     black, grey = -torch.ones(1, 3, 4, 4), torch.zeros(2, 3, 4, 4)
     assert emoji.distances(black, grey).tolist() == [[127.5, 127.5]]
     many = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-<<<<<<< HEAD
-    assert emoji.distances(many, many).diagonal().tolist() == [0] * 40
-=======
     assert emoji.distances(many, many).diagonal().max() < 1e-3
->>>>>>> emoji
 
 
 @pytest.mark.parametrize("options, said", [
