@@ -319,7 +319,7 @@ def test_distance_in_grey_levels():
     (["NEW", "--sheet", "a.png"], "belong to --judge"),
     (["NEW", "--judge", "model", "--sheet", "a.jpg"], "is not a .png"),
     (["NEW", "--judge", "model", "--sheet", "none/a.png"], "is not a .png in a folder"),
-    (["NEW", "--judge", "model", "--count", "0"], "is not within"),
+    (["NEW", "--judge", "model", "--count", "0"], "want a whole number"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(sources, tmp_path, run_main, options, said):
     (tmp_path / "FILE").touch()
