@@ -1,6 +1,6 @@
 """Orthus: one causal transformer over text tokens and continuous image latents, with two heads.
 
-Follows arXiv 2412.00127, and the released weights where they differ (README, "Differences").
+Follows arXiv 2412.00127, and the released weights where they differ (RESULTS.md, "Differences").
 
     tokens, latents -> embeddings    VisionEmbedding: eq. 4, and eq. 1-2 as its tau -> 0 limit
     embeddings -> hidden             Orthus.transformer: a Llama-style decoder with QK-norm

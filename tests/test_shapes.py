@@ -492,3 +492,8 @@ def test_a_question_that_is_the_only_one_is_asked_once():
 )
 def test_a_world_that_cannot_be_is_refused(fields, named):
     assert named in complaint(lambda: ShapesConfig(**fields))
+
+
+def test_pictures_of_no_task_hold_as_many_things_as_asked():
+    world = Shapes(0, ShapesConfig(tasks={"image": 1.0}, min_objects=3, max_objects=4))
+    assert {len(world.scene(i).things) for i in range(40)} == {3, 4}

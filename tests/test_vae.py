@@ -270,3 +270,18 @@ def test_a_cut_off_file_raises_with_its_path(saved):
     path = saved / checkpoint.VAE
     path.write_bytes(path.read_bytes()[:-100])
     assert str(path) in complaint(lambda: VQVAE.from_pretrained(saved))
+
+
+def test_a_fresh_autoencoder_is_one_of_orthogonal_convolutions_alone():
+    """Its residual branches are closed, so that shapes come through before they are learned."""
+    model = VQVAE(VQVAEConfig.preset("nano"))
+    model.init_weights()
+    weights = dict(model.named_parameters())
+    closed = [n for n in weights if n.endswith(("conv2.weight", "proj_out.weight"))]
+    assert closed and all(not weights[n].any() for n in closed)
+    block = model.encoder.down[0].block[0]
+    x = torch.randn(2, block.conv1.in_channels, 8, 8)
+    assert torch.equal(block(x), x)
+    conv = model.decoder.conv_in.weight.flatten(1)
+    gram = conv @ conv.T / conv.square().sum(1).mean()
+    close(gram, torch.eye(len(gram)), 1e-4)

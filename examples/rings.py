@@ -1,0 +1,15 @@
+"""Twenty captioned pictures of rings: the smallest data of one's own. `python rings.py FOLDER`"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+folder = Path(sys.argv[1])
+folder.mkdir(parents=True)
+for i in range(20):
+    colour, r = ("red", "green", "blue", "orange", "purple")[i % 5], 14 + i // 5
+    picture = Image.new("RGB", (64, 64), (250, 248, 242))
+    ImageDraw.Draw(picture).ellipse((32 - r, 32 - r, 32 + r, 32 + r), outline=colour, width=7)
+    picture.save(folder / f"{i}.png")
+    (folder / f"{i}.txt").write_text(f"{'an' if colour == 'orange' else 'a'} {colour} ring")
