@@ -41,7 +41,8 @@ FLAGS = {
     "decoder": "",
     "chameleon": "",
     "base": "",
-    "posttrain": "--steps 500 --batch-size 32 --pictures-every 0",
+    "posttrain": "--steps 500 --batch-size 32 --pictures-every 0 "
+                 "--tasks text_to_image=1,understanding=1",
 }
 START = ["vae", "decoder", "chameleon"]
 UNDERSTANDING = "--tasks understanding=1 --batch-size 16"  # half of the mixture: as many questions
@@ -127,13 +128,13 @@ EXPERIMENTS = {
 # --- The runner ----------------------------------------------------------------------------------
 
 
-def train_arm(folder: Path, stages: list[str], init: str, seed: int, threads: int) -> str:
+def train_arm(folder: Path, stages: list[str], init: str, threads: int, more: str = "") -> str:
     """Run an arm's stages one after the other -> the last one's folder."""
-    for number, line in enumerate(stages):
+    for line in stages:
         name, _, own = line.partition(" ")
-        run = folder / f"{number} {name}"
+        run = folder / name
         words = [name, "--preset", "nano", "--dtype", "float32", "--threads", str(threads)]
-        words += [*shlex.split(FLAGS[name]), *shlex.split(own), "--seed", str(seed)]
+        words += [*shlex.split(FLAGS[name]), *shlex.split(own), *more.split()]
         words += ["--out", str(run)] + (["--init", init] if init else [])
         args = train.parse(words)
         saved = train.newest_save(run)
@@ -176,9 +177,9 @@ def run_arms(names: list[str], seeds: range, count: int, threads: int) -> None:
     todo = [(name, seed) for name, seed in todo if str(seed) not in read_results().get(name, {})]
     for number, (name, seed) in enumerate(todo, 1):
         started = time.time()
-        start = train_arm(RUNS / "start", START, "", 0, threads)
+        start = train_arm(RUNS / "start", START, "", threads)
         init = "" if ARMS[name] and ARMS[name][0].startswith("vae") else start
-        run = train_arm(RUNS / name / str(seed), ARMS[name], init, seed, threads)
+        run = train_arm(RUNS / name / str(seed), ARMS[name], init, threads, f"--seed {seed}")
         record = measure(run, seed, count) | {
             "commands": ARMS[name],
             "minutes": round((time.time() - started) / 60, 1),
