@@ -750,13 +750,14 @@ def curves(runs: list[str], out: str) -> None:
         raise ValueError(f"no log.jsonl in {', '.join(runs)}; give folders of runs")
     keys = ("loss", "text", "image")
     figure, axes = pyplot.subplots(1, len(keys), figsize=(5 * len(keys), 4), layout="constrained")
-    for name, path in logs.items():
+    for number, (name, path) in enumerate(logs.items()):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for axis, key in zip(axes, keys, strict=True):
             for prefix, style in (("", "-"), ("held_out_", ":")):
-                points = [(d["step"], d[prefix + key]) for d in lines if prefix + key in d]
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, label=None if prefix else name)
+                points = [(d["step"], d[prefix + key]) for d in lines if d.get(prefix + key)]
+                if points:  # a part that a stage has not is zero
+                    axis.plot(*zip(*points, strict=True), style, color=f"C{number}",
+                              label=None if prefix else name)  # fmt: skip
             axis.set(title=key, xlabel="step", yscale="log")
     axes[0].legend(fontsize="small")
     with checkpoint.whole_file(Path(out)) as file:
