@@ -154,7 +154,9 @@ def measure(run: str, seed: int, count: int) -> dict:
     world = ShapesConfig(**train.WORLDS["nano"][stage][0][1])  # the same for every arm
     if stage == "vae":
         vae = VQVAE.from_pretrained(source, "cpu", torch.float32)
-        return {"autoencoder": evaluate.autoencoder_report(vae, Shapes(0, world), seed, count)}
+        report = evaluate.autoencoder_report(vae, Shapes(0, world), seed, count)
+        return {"autoencoder": {kind: {name: row[name] for name in ("psnr", "ssim", "readable")}
+                                for kind, row in report.items()}}  # fmt: skip
     pipeline, answers = load(source), {}
     for title in (IMAGES, TEXT):
         task = TASKS[title]
