@@ -10,8 +10,11 @@ Reading order: arms, experiments, the runner, comparisons and verdicts, the page
 """
 
 import argparse
+import gzip
+import json
 import math
 import shlex
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -270,6 +273,10 @@ def page(results: dict) -> str:
             minutes = " ".join(f"{run['minutes']}" for run in runs.values())
             commands = "; ".join(ARMS[name]) or "none"
             lines.append(f"| {name} | `{commands}` | {' | '.join(cells)} | {minutes} |")
+    for name in ("orthus", "squared error"):
+        if (drawn := RESULTS.with_name(f"{name.replace(' ', '_')}.png")).is_file():
+            lines += ["", f"Eight times \"a red circle\", {name}:", "",
+                      f"![{name}](experiments/{drawn.name})"]  # fmt: skip
     return "\n".join([*lines, "", END])
 
 
@@ -284,6 +291,18 @@ def write_page(results: dict) -> None:
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     with checkpoint.whole_file(path) as file:
         file.write((before + page(results) + rest.partition(END)[2]).encode())
+
+
+def keep() -> None:
+    """What is worth keeping of the runs: their logs in one file, and the pictures of appendix C."""
+    with gzip.open(RESULTS.with_name("logs.jsonl.gz"), "wt", encoding="utf-8") as file:
+        for path in sorted(RUNS.rglob("log.jsonl")):
+            run = {"run": str(path.parent.relative_to(RUNS))}
+            for line in path.read_text(encoding="utf-8").splitlines():
+                file.write(json.dumps(run | json.loads(line)) + "\n")
+    for name in ("orthus", "squared error"):
+        if (drawn := RUNS / name / "0" / "posttrain" / "alike.png").is_file():
+            shutil.copy(drawn, RESULTS.with_name(f"{name.replace(' ', '_')}.png"))
 
 
 def draw(results: dict) -> None:
@@ -323,6 +342,7 @@ def run(args: argparse.Namespace) -> None:
     names = list(dict.fromkeys(n for e in chosen for n in (e.arm, *(o for o, _ in e.others))))
     run_arms(names, range(args.seeds), args.count, args.threads)
     results = read_results()
+    keep()
     write_page(results)
     draw(results)
     print(page(results))
