@@ -226,13 +226,13 @@ def compare(ours: dict, theirs: dict, figure: str, parts: tuple[str, str]) -> tu
     pairs = [scores(ours[s], figure, parts[0]) - scores(theirs[s], figure, parts[1]) for s in seeds]
     means = np.array([pair.mean() for pair in pairs])
     over_examples = math.sqrt(sum(pair.var() / len(pair) for pair in pairs)) / len(pairs)
-    over_seeds = means.std(ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
-    if len(pairs[0]) > 1 and len(pairs) == 1:
-        over_seeds = 0.0
+    over_seeds = means.std(ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
     return means.mean(), 1.96 * max(over_examples, over_seeds), seeds
 
 
-def verdict(mean: float, half: float) -> str:
+def verdict(mean: float, half: float, seeds: list[str]) -> str:
+    if len(seeds) == 1:
+        return "not told: one seed"
     if abs(mean) > half:
         return "holds" if mean > 0 else "does not hold"
     return f"cannot be told: {half:.2g} could have been seen"
@@ -262,7 +262,7 @@ def page(results: dict) -> str:
     for e, other, figure, mean, half, seeds in comparisons(results):
         difference = f"{mean:+.2f} +- {half:.2f} ({len(seeds)} seeds)"
         lines.append(f"| {e.where or '-'} | {e.claim} | {e.paper or '-'} | {other} | {figure} | "
-                     f"{difference} | {verdict(mean, half)} |")  # fmt: skip
+                     f"{difference} | {verdict(mean, half, seeds)} |")  # fmt: skip
     lines += ["", "| arm | stages after the start | captions right | questions right | "
               "sharpness | spread | minutes |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, runs in results.items():
