@@ -346,7 +346,7 @@ def vae_stage(config: TrainConfig, dataset, start: Checkpoint | None, resumed: b
         tqdm.write(f"step {step + 1}: {int(dead.sum())} of {len(codebook)} codes set from data")
 
     batch = picture_batches(config, vae.config.resolution)
-    return vae_of(start, vae, batch, losses, before=before, after_step=revive)
+    return autoencoder_stage(start, vae, batch, losses, before=before, after_step=revive)
 
 
 def decoder_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -> Stage:
@@ -365,10 +365,10 @@ def decoder_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool
         return {"loss": share * reconstruction_loss(again, images, detail, *weights)}
 
     batch = picture_batches(config, vae.config.resolution, config.micro_batches)
-    return vae_of(start, vae, batch, losses)
+    return autoencoder_stage(start, vae, batch, losses)
 
 
-def vae_of(start: Checkpoint | None, vae: VQVAE, batch, losses, **more) -> Stage:
+def autoencoder_stage(start: Checkpoint | None, vae: VQVAE, batch, losses, **more) -> Stage:
     """An autoencoder's stage; the model of the checkpoint that it is from goes along."""
     sections = {"vae": asdict(vae.config)}
     if start is None or "model" not in start.config:

@@ -59,26 +59,26 @@ def join() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # one may encode for hours
         dist.barrier()  # an error of one must not look like another's lost connection
-        if place()[0]:
+        if rank_and_world()[0]:
             sys.stdout = open(os.devnull, "w")
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """The number of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def share(model: nn.Module, device: torch.device) -> None:
+def shard(model: nn.Module, device: torch.device) -> None:
     """FSDP: a layer is whole only while it computes; the rest longer, as heads follow forward."""
     from torch.distributed.fsdp import fully_shard  # here: it takes a second to import
 
-    mesh = dist.init_device_mesh(device.type, (place()[1],))
+    mesh = dist.init_device_mesh(device.type, (rank_and_world()[1],))
     for part in (*model.layers, model):
         fully_shard(part, mesh=mesh, reshard_after_forward=part is not model)
 
 
-def shared_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of a whole tensor, or of this process's share of it where `like` is shared."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of a whole tensor, or of this process's shard of it where `like` is sharded."""
     if not hasattr(like, "full_tensor"):
         return tensor.to(like.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
@@ -87,14 +87,14 @@ def shared_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def gathered(value):
-    """A state with its shared tensors whole again, in the first process's ordinary memory."""
+    """A state with its sharded tensors whole again, in the first process's ordinary memory."""
     if isinstance(value, dict):
         return {k: gathered(v) for k, v in value.items()}
     if isinstance(value, list):
         return [gathered(v) for v in value]
     if hasattr(value, "full_tensor"):
         value = value.full_tensor()  # all processes have to take part
-        return None if place()[0] else value.cpu()
+        return None if rank_and_world()[0] else value.cpu()
     return value
 
 
@@ -102,7 +102,7 @@ def for_all(loss: Tensor, model: nn.Module) -> Tensor:
     """FSDP averages gradients, where they are to add up, and wants all of them from all processes,
     also where a micro-batch holds no image, or no text."""
     rest = (p for p in model.parameters() if p.requires_grad and not hasattr(p, "full_tensor"))
-    return place()[1] * loss + 0 * sum(p.sum() for p in rest)
+    return rank_and_world()[1] * loss + 0 * sum(p.sum() for p in rest)
 
 
 # --- Optimisers, schedule, average ---------------------------------------------------------------
@@ -140,7 +140,7 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 update = update.full_tensor() if hasattr(p, "full_tensor") else update
                 update = orthogonalise(update.to(self.dtype)).to(p.dtype).view_as(p)
-                p.add_(shared_as(update, p), alpha=-group["lr"] * scale)
+                p.add_(shard_like(update, p), alpha=-group["lr"] * scale)
 
 
 class Optimizers:
@@ -169,7 +169,7 @@ class Optimizers:
         for part, state in zip(self.parts, states, strict=True):
             trained = [p for group in part.param_groups for p in group["params"]]
             for i, moments in state["state"].items():  # Adam's count of steps is a scalar
-                moments |= {k: shared_as(m, trained[i]) for k, m in moments.items() if m.ndim}
+                moments |= {k: shard_like(m, trained[i]) for k, m in moments.items() if m.ndim}
             part.load_state_dict(state)
 
 
@@ -221,7 +221,7 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, s
 def save(run: Path, stage: Stage, optimizer: Optimizers, average: dict, step: int, about: dict):
     """A new folder step-..., there when it is whole; the last two are kept."""
     tensors, state = contents(stage, optimizer, average, step)
-    if place()[0]:
+    if rank_and_world()[0]:
         return
     part, whole = run / "saving", run / f"step-{step:08d}"
     shutil.rmtree(part, ignore_errors=True)
@@ -244,7 +244,7 @@ def contents(stage: Stage, optimizer: Optimizers, average: dict, step: int) -> t
     """
     state = gathered({"step": step, "weights": stage.model.state_dict(), "average": average,
                       "optimizer": optimizer.state_dict()})  # fmt: skip
-    if place()[0]:
+    if rank_and_world()[0]:
         return {}, {}
     tensors = {"model": None, "vae": stage.vae.state_dict() if stage.vae else None} | stage.others
     tensors[stage.part] = lora.merged(stage.model, state["weights"] | state["average"])
@@ -280,11 +280,11 @@ def restore(state: dict, saved: Path, stage: Stage, optimizer: Optimizers) -> tu
     """Put a stage back where it was saved -> the average, and the next step."""
     try:
         own = stage.model.state_dict()
-        stage.model.load_state_dict({n: shared_as(t, own[n]) for n, t in state["weights"].items()})
+        stage.model.load_state_dict({n: shard_like(t, own[n]) for n, t in state["weights"].items()})
         optimizer.load_state_dict(state["optimizer"])
         if stage.before:
             stage.before.load_state_dict(state["before"])
-        average = {n: shared_as(state["average"][n], p) for n, p in trained(stage.model).items()}
+        average = {n: shard_like(state["average"][n], p) for n, p in trained(stage.model).items()}
         return average, state["step"]
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
@@ -411,12 +411,12 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     """
     device, dtype = choose_machine(config)
     config = dataclasses.replace(config, device=str(device), dtype=str(dtype).split(".")[1])
-    rank, ranks = place()
+    rank, ranks = rank_and_world()
     state = read_state(saved) if saved else None
     torch.manual_seed(config.seed)
     stage = STAGES[name](config, dataset, start, saved is not None)
     if ranks > 1:
-        share(stage.model, device)
+        shard(stage.model, device)
     model, optimizer = stage.model, make_optimizer(stage.model, config, dtype)
     average = {n: p.detach().clone() for n, p in trained(model).items()}
     first = 0
@@ -657,7 +657,7 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
         raise ValueError(f"{run} holds a run already; give --resume or another --out" if is_run else
                          f"{run} is not empty ({found[0].name}); give another --out")
     config, worlds, init = settings(name, run, given, resume)
-    rank, ranks = place()
+    rank, ranks = rank_and_world()
     if ranks > 1 and (name in ("vae", "decoder") or config.compile):
         what = f"stage {name}{' with --compile' * config.compile}"
         raise ValueError(f"{what} trains in one process, not {ranks}; leave out torchrun")

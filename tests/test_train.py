@@ -890,6 +890,12 @@ def test_flags_of_the_world_reach_the_data(road, tmp_path, cli):
     assert world["captions"] == {"two objects": 1.0} and world["questions"] == {"count": 1.0}
 
 
+def test_the_last_step_draws_its_row_of_pictures(road, tmp_path):
+    options = dict(validate_every=5, pictures_every=1)
+    run = run_stage("posttrain", tmp_path / "run", road["posttrain"], **options)
+    assert (run / "samples.png").is_file()
+
+
 def test_a_model_goes_along_where_its_autoencoder_is_trained(road, tmp_path):
     for name in ("vae", "decoder"):
         run = run_stage(name, tmp_path / name, road["end"])
