@@ -1,6 +1,6 @@
 """The paper's claims as experiments: every arm is a list of commands of train.py, at nano scale.
 
-    python experiments.py [--only NAME] [--seeds 2]
+    python experiments.py [--only NAME] [--seeds 3]
 
 All arms go on from one start (the autoencoder and the Chameleon that `train.py all --preset nano`
 makes), with equal data and steps, and answer the same held-out prompts. What is done is kept in
@@ -11,6 +11,7 @@ Reading order: arms, experiments, the runner, comparisons and verdicts, the page
 
 import argparse
 import gzip
+import itertools
 import json
 import math
 import shlex
@@ -44,7 +45,7 @@ FLAGS = {"posttrain": "--steps 500 --batch-size 32 --pictures-every 0 "
 TUNED = 500  # steps of the decoder alone
 START = ["vae", "decoder", "chameleon"]
 UNDERSTANDING = "--tasks understanding=1 --batch-size 16"  # half of the mixture: as many questions
-ARMS = {
+ARMS = {  # or the name of an arm whose models are drawn from in another way
     "orthus": ["base", "posttrain"],
     "chameleon": ["posttrain"],
     "stage 1 alone": ["base"],
@@ -62,6 +63,12 @@ ARMS = {
     "epsilon": ["base --prediction epsilon --no-zero-terminal-snr", "posttrain"],
     "terminal noise": ["base --no-zero-terminal-snr", "posttrain"],
     "no input noise": ["base", "posttrain --input-noise 0"],
+    "edits": ["base", "posttrain --steps 1000 --tasks editing=1"],
+    "edits and what changed": [
+        "base", "posttrain --steps 1000 --tasks editing=1,difference=1 --batch-size 64"],
+    "edits in context": ["base", "posttrain --steps 1000 --tasks in_context=1"],
+    "guidance rises": "orthus",
+    "guidance falls": "orthus",
     "pure VQ-VAE": ["vae --quantised-share 1"],
     "pure VQ-VAE, decoder tuned": ["vae --quantised-share 1", f"decoder --steps {TUNED}"],
 }
@@ -81,7 +88,7 @@ class Experiment:
     parts: tuple[str, str] = ("", "")  # of an autoencoder: what of the arm, what of the others
 
 
-IMAGES, TEXT = "text to image", "understanding"
+IMAGES, TEXT, IN_CONTEXT = "text to image", "understanding", "in-context editing"  # of TASKS
 EXPERIMENTS = {
     "decoder": Experiment(
         "table 6", "the tuned decoder on continuous latents beats the VQ decoder on codes",
@@ -112,6 +119,15 @@ EXPERIMENTS = {
         "appendix C", "diffusion beats squared error, whose samples are blurred and alike",
         "pictures", "orthus", (("squared error", IMAGES), ("squared error", "sharpness"),
                                ("squared error", "spread"))),
+    "in context": Experiment(
+        "figure 3", "edits from an example pair emerge where edits told in words alone are trained",
+        "pictures", "edits", (("generation alone", IN_CONTEXT), ("edits in context", IN_CONTEXT))),
+    "what changed": Experiment(
+        "figure 3", "and with \"What changed?\" among them", "", "edits and what changed",
+        (("edits", IN_CONTEXT), ("edits", "editing"))),
+    "guidance": Experiment(
+        "", "one guidance for all latents of an image beats a rising and a falling one", "",
+        "orthus", (("guidance rises", IMAGES), ("guidance falls", IMAGES))),
     "noisings": Experiment(
         "", "4 noisings of a latent a step beat 1 and 8", "", "orthus",
         (("1 noising", IMAGES), ("8 noisings", IMAGES))),
@@ -144,9 +160,29 @@ def train_arm(folder: Path, stages: list[str], init: str, threads: int, more: st
     return init
 
 
-def measure(run: str, seed: int, count: int) -> dict:
+def figures(name: str) -> set[str]:
+    """By what an arm is compared with others."""
+    return {figure for e in EXPERIMENTS.values() for other, figure in e.others
+            if name in (e.arm, other)}  # fmt: skip
+
+
+def vary_guidance(head, latents: int, rises: bool) -> None:
+    """Guidance that grows from none to twice as much over the latents of an image, or shrinks."""
+    draw, numbers = head.sample, itertools.cycle(range(latents))
+
+    def sample(hidden, weights, *rest, **more):
+        number = next(numbers)
+        factor = 2 * ((number if rises else latents - 1 - number) + 0.5) / latents
+        none = torch.eye(1, len(weights), device=hidden.device)[0]
+        return draw(hidden, none + factor * (torch.as_tensor(weights) - none), *rest, **more)
+
+    head.sample = sample
+
+
+def measure(name: str, run: str, seed: int, count: int) -> dict:
     """Figures of a trained arm: answers to the same held-out examples, "0110..." by table and row;
-    of pictures of one prompt how sharp they are and how much they differ."""
+    of pictures of one prompt how sharp they are and how much they differ. Where a point or two is
+    claimed (table 4), four times `count` examples of a table."""
     source = checkpoint.open_checkpoint(run)
     stage = "posttrain" if "model" in source.config else "vae"
     world = ShapesConfig(**train.WORLDS["nano"][stage][0][1])  # the same for every arm
@@ -156,7 +192,11 @@ def measure(run: str, seed: int, count: int) -> dict:
         return {"autoencoder": {kind: {name: row[name] for name in ("psnr", "ssim", "readable")}
                                 for kind, row in report.items()}}  # fmt: skip
     pipeline, answers = load(source), {}
-    for title in (IMAGES, TEXT):
+    model, both = pipeline.model, EXPERIMENTS["both tasks"]
+    count *= 4 if name in (both.arm, *(other for other, _ in both.others)) else 1
+    if isinstance(ARMS[name], str):
+        vary_guidance(model.image_head, model.config.latents_per_image, name == "guidance rises")
+    for title in (title for title in TASKS if title in {IMAGES, TEXT} | figures(name)):
         task = TASKS[title]
         examples = held_out(world, task.method, seed, count, task.stream)
         for verdict in run_task(pipeline, examples, task, seed):
@@ -167,7 +207,11 @@ def measure(run: str, seed: int, count: int) -> dict:
     sheet([[(image, "", "black") for image in drawn[:8]]], (64, 64)).save(Path(run) / "alike.png")
     pixels = np.stack([np.asarray(image, float) for image in drawn])  # (16, H, W, 3)
     edges = np.abs(np.diff(pixels, axis=1)).max((1, 2, 3)).mean()
-    return {"answers": answers, "spread": float(pixels.std(0).mean()), "sharpness": float(edges)}
+    record = {"answers": answers, "spread": float(pixels.std(0).mean()), "sharpness": float(edges)}
+    if (log := Path(run) / "log.jsonl").is_file():
+        last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+        record["codes mixed"] = last.get("codes_mixed")
+    return record
 
 
 def run_arms(names: list[str], seeds: range, count: int, threads: int) -> None:
@@ -178,10 +222,11 @@ def run_arms(names: list[str], seeds: range, count: int, threads: int) -> None:
     for number, (name, seed) in enumerate(todo, 1):
         started = time.time()
         start = train_arm(RUNS / "start", START, "", threads)
-        init = "" if ARMS[name] and ARMS[name][0].startswith("vae") else start
-        run = train_arm(RUNS / name / str(seed), ARMS[name], init, threads, f"--seed {seed}")
-        record = measure(run, seed, count) | {
-            "commands": ARMS[name],
+        folder = ARMS[name] if isinstance(ARMS[name], str) else name
+        init = "" if ARMS[folder] and ARMS[folder][0].startswith("vae") else start
+        run = train_arm(RUNS / folder / str(seed), ARMS[folder], init, threads, f"--seed {seed}")
+        record = measure(name, run, seed, count) | {
+            "commands": ARMS[folder],
             "minutes": round((time.time() - started) / 60, 1),
             "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE,
                                      capture_output=True, text=True).stdout.strip(),
@@ -201,14 +246,22 @@ def read_results() -> dict:
 # --- Comparisons ---------------------------------------------------------------------------------
 
 
-def scores(record: dict, figure: str, part: str = "") -> np.ndarray:
-    """Of every held-out example of a seed, 0 or 1; or one number."""
-    if figure in (IMAGES, TEXT):
-        rows = [bits for row, bits in record["answers"].items()
-                if row.startswith(figure) and evaluate.UNSEEN not in row]  # fmt: skip
-        return np.array([float(bit) for bits in rows for bit in bits]) * 100
-    value = record["autoencoder"][part][figure] if part else record[figure]
-    return np.array([value * 100 if figure == "readable" else value])
+def answered(record: dict, figure: str) -> dict[str, np.ndarray]:
+    """Of every held-out example of a table 0 or 100, by row; unseen combinations left out."""
+    return {row: np.array([100.0 * (bit == "1") for bit in bits])
+            for row, bits in record["answers"].items()
+            if row.startswith(f"{figure}, ") and evaluate.UNSEEN not in row}  # fmt: skip
+
+
+def differences(ours: dict, theirs: dict, figure: str, parts: tuple[str, str]) -> np.ndarray:
+    """Between two arms of one seed, on every example that both answered; or of one number."""
+    if figure in TASKS:
+        a, b = answered(ours, figure), answered(theirs, figure)
+        pairs = [(a[row], b[row]) for row in a.keys() & b.keys()]
+        return np.concatenate([x[: len(y)] - y[: len(x)] for x, y in pairs])
+    values = [record["autoencoder"][part][figure] if part else record[figure]
+              for record, part in zip((ours, theirs), parts, strict=True)]  # fmt: skip
+    return np.array([values[0] - values[1]]) * (100 if figure == "readable" else 1)
 
 
 STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # 97.5%, for 2, 3, .. seeds
@@ -222,7 +275,7 @@ def compare(ours: dict, theirs: dict, figure: str, parts: tuple[str, str]) -> tu
     far training itself scatters.
     """
     seeds = sorted(ours.keys() & theirs.keys())
-    pairs = [scores(ours[s], figure, parts[0]) - scores(theirs[s], figure, parts[1]) for s in seeds]
+    pairs = [differences(ours[s], theirs[s], figure, parts) for s in seeds]
     means, number = np.array([pair.mean() for pair in pairs]), len(pairs)
     half = 1.96 * math.sqrt(sum(pair.var() / len(pair) for pair in pairs)) / number
     if number > 1:
@@ -255,13 +308,15 @@ BEGIN, END = "<!-- experiments.py writes from here -->", "<!-- to here -->"
 
 def comparisons(results: dict) -> list[tuple]:
     """(experiment, other arm, figure, mean, half, seeds) of what was run."""
-    rows = []
-    for e in EXPERIMENTS.values():
-        for other, figure in e.others:
-            if results.get(e.arm, {}).keys() & results.get(other, {}).keys():
-                compared = compare(results[e.arm], results[other], figure, e.parts)
-                rows.append((e, other, figure, *compared))
-    return rows
+    def runs(arm: str, figure: str) -> dict:
+        return {seed: run for seed, run in results.get(arm, {}).items()
+                if figure not in TASKS or answered(run, figure)}  # fmt: skip
+
+    asked = [(e, other, figure) for e in EXPERIMENTS.values() for other, figure in e.others]
+    pairs = [(e, other, figure, runs(e.arm, figure), runs(other, figure))
+             for e, other, figure in asked]  # fmt: skip
+    return [(e, other, figure, *compare(ours, theirs, figure, e.parts))
+            for e, other, figure, ours, theirs in pairs if ours.keys() & theirs.keys()]
 
 
 def page(results: dict) -> str:
@@ -273,16 +328,18 @@ def page(results: dict) -> str:
         difference = f"{mean:+.2f} +- {half:.2f} ({len(seeds)} seeds)"
         lines.append(f"| {e.where or '-'} | {e.claim} | {e.paper or '-'} | {other} | {figure} | "
                      f"{difference} | {verdict(mean, half, seeds)} |")  # fmt: skip
-    lines += ["", "| arm | stages after the start | captions right | questions right | "
-              "sharpness | spread | minutes |", "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for name, runs in results.items():
-        if all("answers" in run for run in runs.values()):
-            cells = [rates(runs, IMAGES), rates(runs, TEXT)]
-            cells += [" ".join(f"{run[key]:.1f}" for run in runs.values())
-                      for key in ("sharpness", "spread")]  # fmt: skip
-            minutes = " ".join(f"{run['minutes']}" for run in runs.values())
-            commands = "; ".join(ARMS[name]) or "none"
-            lines.append(f"| {name} | `{commands}` | {' | '.join(cells)} | {minutes} |")
+    lines += ["", "| arm | stages after the start | captions right | questions | edits | edits in "
+              "context | codes mixed | sharpness | spread | minutes |", "|---" * 10 + "|"]  # fmt: skip
+    for name in (n for n in ARMS if n in results):
+        runs = {seed: run for seed, run in sorted(results[name].items()) if "answers" in run}
+        if not runs:
+            continue
+        cells = [rates(runs, figure) for figure in (IMAGES, TEXT, "editing", IN_CONTEXT)]
+        cells += [" ".join(f"{run[key]:.1f}" for run in runs.values() if run.get(key) is not None) or "-"
+                  for key in ("codes mixed", "sharpness", "spread", "minutes")]  # fmt: skip
+        own = ARMS[name]
+        commands = f"the models of {own}" if isinstance(own, str) else f"`{'; '.join(own) or '-'}`"
+        lines.append(f"| {name} | {commands} | {' | '.join(cells)} |")
     for name in ("orthus", "squared error"):
         if (drawn := RESULTS.with_name(f"{name.replace(' ', '_')}.png")).is_file():
             lines += ["", f"Eight times \"a red circle\", {name}:", "",
@@ -292,8 +349,9 @@ def page(results: dict) -> str:
 
 def rates(runs: dict, figure: str) -> str:
     """The mean over seeds and each seed's rate."""
-    each = [scores(run, figure).mean() for run in runs.values()]
-    return f"**{np.mean(each):.1f}%** ({' '.join(f'{rate:.1f}' for rate in each)})"
+    rows = [list(answered(run, figure).values()) for run in runs.values()]
+    each = [np.concatenate(some).mean() for some in rows if some]
+    return f"**{np.mean(each):.1f}%** ({' '.join(f'{r:.1f}' for r in each)})" if each else "-"
 
 
 def write_page(results: dict) -> None:
@@ -325,7 +383,7 @@ def draw(results: dict) -> None:
         print("no picture of the differences: pip install matplotlib")
         return
 
-    rows = [row for row in comparisons(results) if row[2] in (IMAGES, TEXT)][::-1]
+    rows = [row for row in comparisons(results) if row[2] in TASKS][::-1]
     figure, axis = pyplot.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
     for y, (_, _, _, mean, half, _) in enumerate(rows):
         axis.errorbar(mean, y, xerr=half, fmt="o", color="tab:blue", capsize=3)
@@ -340,8 +398,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = checkpoint.Parser(description=__doc__, formatter_class=raw)
     parser.add_argument("--only", choices=[*EXPERIMENTS, "none"], action="append",
                         help="run the arms of this experiment alone; repeatable")  # fmt: skip
-    parser.add_argument("--seeds", type=number(int, 1, 100), default=2, metavar="N",
-                        help="seeds an arm (default: 2)")  # fmt: skip
+    parser.add_argument("--seeds", type=number(int, 1, 100), default=3, metavar="N",
+                        help="seeds an arm (default: 3)")  # fmt: skip
     parser.add_argument("--count", type=number(int, 8, 10**5), default=500, metavar="N",
                         help="captions and questions an arm and seed (default: 500)")  # fmt: skip
     parser.add_argument("--threads", type=number(int, 0, 1024), default=0, metavar="N",

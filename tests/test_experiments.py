@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from test_train import small_presets  # noqa: F401: a fixture of this module too
 
 import evaluate
@@ -24,6 +25,22 @@ def test_differences_are_paired_and_leave_the_unseen_out():
     mean, half, seeds = experiments.compare(ours, theirs, "text to image", ("", ""))
     assert mean == 25 and seeds == ["0"]
     assert half == pytest.approx(1.96 * np.std([0, 100, 0, 0]) / 2)
+    theirs = {"0": record("10")}  # fewer were asked
+    assert experiments.compare(ours, theirs, "text to image", ("", ""))[0] == 50
+
+
+def test_guidance_varies_over_an_image_and_begins_anew():
+    class Head:
+        def sample(self, hidden, weights, *rest, **more):
+            return [round(w, 3) for w in weights.tolist()]
+
+    head, hidden = Head(), torch.zeros(1, 2, 8)
+    experiments.vary_guidance(head, 4, rises=True)
+    drawn = [head.sample(hidden, (3.0, -2.0), 10) for _ in range(8)]
+    assert drawn[:4] == drawn[4:] == [[1.5, -0.5], [2.5, -1.5], [3.5, -2.5], [4.5, -3.5]]
+    head = Head()
+    experiments.vary_guidance(head, 4, rises=False)
+    assert [head.sample(hidden, (3.0, -2.0)) for _ in range(4)] == drawn[3::-1]
 
 
 def test_seeds_that_disagree_widen_the_interval():
@@ -44,7 +61,9 @@ def test_a_verdict_is_never_stronger_than_its_interval():
 
 
 def test_every_arm_is_a_list_of_commands_that_parse():
-    for stages in [experiments.START, *experiments.ARMS.values()]:
+    own = [arm for arm in experiments.ARMS.values() if isinstance(arm, list)]
+    assert all(arm in own or arm in experiments.ARMS for arm in experiments.ARMS.values())
+    for stages in [experiments.START, *own]:
         for line in stages:
             name, _, own = line.partition(" ")
             train.parse([name, "--out", "x", *experiments.FLAGS.get(name, "").split(), *own.split()])
