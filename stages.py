@@ -441,7 +441,8 @@ def collate(sequences: list[data.Sequence], model: OrthusConfig, resolution: int
         return data.collate(sequences, model, resolution)
     numbers = [number for s in sequences for number in s.images]
     batch = data.collate([dataclasses.replace(s, images=[]) for s in sequences], model, resolution)
-    batch.images = torch.from_numpy(dataset.latents[numbers])
+    none = torch.zeros(0, model.latents_per_image, model.latent_channels)
+    batch.images = torch.stack([dataset.latents[n] for n in numbers]) if numbers else none
     return batch
 
 
@@ -488,43 +489,36 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
 
 
 class Encoded:
-    """The first `number` examples of a dataset, their images encoded ahead: an image's content is
-    its place in `latents` (images, L, C), memory-mapped from a folder. What an interrupted run had
-    encoded is kept."""
+    """The first `number` examples of a dataset, their images encoded ahead, 64 examples a file of a
+    folder: an image's content is its place in `latents`, memory-mapped (L, C) each. Files of an
+    interrupted run are kept."""
 
     def __init__(self, dataset: data.Dataset, number: int, vae: VQVAE, folder: Path, what: dict):
-        known = folder / "what.json"
+        known, device = folder / "what.json", vae.post_quant_conv.weight.device
         if known.is_file() and checkpoint.read_json(known) != what:
             shutil.rmtree(folder)  # of other data, or another autoencoder
         folder.mkdir(exist_ok=True)
         checkpoint.write_json(known, what)
-        shape = (vae.config.latents_per_image, vae.config.latent_channels)
-        device, size, bytes_each = vae.post_quant_conv.weight.device, 64, 4 * math.prod(shape)
-        with open(folder / "examples.jsonl", "a+b") as text, open(folder / "latents", "a+b") as raw:
-            text.seek(0)
-            lines = [line for line in text.read().split(b"\n")[:-1]]
-            images = sum(c is None for line in lines for c, _ in json.loads(line))
-            text.truncate(sum(len(line) + 1 for line in lines))
-            raw.truncate(images * bytes_each)
-            bar = tqdm(range(len(lines), number, size), "encoding ahead", unit="batch")
-            for first in bar:
-                some = [dataset.example(i) for i in range(first, min(first + size, number))]
-                pictures = [s.content for segments in some for s in segments if s.is_image]
-                tensors = [data.to_tensor(p, vae.config.resolution) for p in pictures]
+        self.segments, self.latents, size = [], [], 64
+        for first in tqdm(range(0, number, size), "encoding ahead", unit="batch", delay=2):
+            last = min(first + size, number)
+            path = folder / f"{first:08d}-{last:08d}.pt"
+            if not path.is_file():
+                some = [dataset.example(i) for i in range(first, last)]
+                pictures = [data.to_tensor(s.content, vae.config.resolution)
+                            for segments in some for s in segments if s.is_image]  # fmt: skip
                 with torch.no_grad():
-                    for some_images in torch.stack(tensors).split(size) if tensors else ():
-                        raw.write(vae.encode(some_images.to(device)).cpu().numpy().tobytes())
-                raw.flush()  # first, so that no line is without its latents
-                new = [json.dumps([[None if s.is_image else s.content, s.output] for s in segments])
-                       for segments in some]  # fmt: skip
-                lines += [line.encode() for line in new]
-                text.write("".join(line + "\n" for line in new).encode())
-                text.flush()
-        self.segments, count = [], iter(range(10**12))
-        for line in lines[:number]:
-            pairs = ((next(count) if c is None else c, output) for c, output in json.loads(line))
-            self.segments.append([Segment(*pair) for pair in pairs])
-        self.latents = np.memmap(folder / "latents", np.float32, "r").reshape(-1, *shape)
+                    parts = [vae.encode(torch.stack(pictures[i : i + size]).to(device)).cpu()
+                             for i in range(0, len(pictures), size)]  # fmt: skip
+                texts = [[(None if s.is_image else s.content, s.output) for s in segments]
+                         for segments in some]  # fmt: skip
+                with checkpoint.whole_file(path) as file:
+                    torch.save((texts, torch.cat(parts) if parts else torch.zeros(0)), file)
+            texts, latents = torch.load(path, mmap=True)
+            place = iter(range(len(self.latents), 10**12))
+            self.segments += [[Segment(next(place) if text is None else text, output)
+                               for text, output in segments] for segments in texts]  # fmt: skip
+            self.latents += latents.unbind()
 
     def __len__(self) -> int:
         return len(self.segments)
