@@ -406,33 +406,26 @@ def generate(pipeline: Pipeline, requests: list[Request], batch_size: int = 16,
              **options) -> list[Answer]:
     """Answer requests, `batch_size` at a time; the other options are those of Options.
 
-    watch is told the number of a request and its answer when that has grown. A batch that does not
-    fit the device's memory is split. Raises ValueError where a prompt leaves no room for an answer.
+    watch is told the number of a request and its answer when that has grown. Raises ValueError
+    where a prompt leaves no room for an answer, or the device's memory none for a batch.
     """
     options = Options(**options)
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; want a whole number of 1 or more")
 
-    def start(number: int) -> Row:
+    rows = []
+    for number, request in enumerate(requests):
         try:
-            return Row(pipeline, requests[number], options, functools.partial(watch, number))
+            rows.append(Row(pipeline, request, options, functools.partial(watch, number)))
         except ValueError as error:
             raise ValueError(f"request {number}: {error}") from None
-
-    rows, first = [start(number) for number in range(len(requests))], 0
     with tqdm(total=0, desc="latents", disable=not progress, leave=False, delay=0.01) as bar:
-        while first < len(rows):
-            batch = rows[first : first + batch_size]
+        for first in range(0, len(rows), batch_size):
             try:
-                decode(pipeline, batch, options, bar)
-                first += len(batch)
+                decode(pipeline, rows[first : first + batch_size], options, bar)
             except torch.OutOfMemoryError:  # most likely in the cache, ahead of the first token
-                if len(batch) == 1 or any(row.answer.segments for row in batch):
-                    raise ValueError("the answers do not fit the device's memory; lower "
-                                     "--max-tokens, --batch-size, or --dtype") from None
-                batch_size = len(batch) // 2
-                for number in range(first, first + len(batch)):
-                    rows[number] = start(number)
+                raise ValueError("the answers do not fit the device's memory; lower --batch-size, "
+                                 "--max-tokens, or --dtype") from None
     return [row.answer for row in rows]
 
 
@@ -609,7 +602,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--film", action="store_true", help="write 0000.gif beside 0000.png: one frame a latent")
     add("--scale", type=whole(int, 1, 64), metavar="N", help="enlarge PNGs (1: as the model drew)")
     add("--batch-size", type=whole(int, 1, 4096), default=16, metavar="N",
-        help="requests at a time; fewer where a GPU's memory holds fewer (default: 16)")
+        help="requests at a time; give fewer where the memory holds fewer (default: 16)")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda:1, ...")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the transformer (default: float32 on a CPU, bfloat16 elsewhere)")
