@@ -496,7 +496,7 @@ class Writer:
         self.answers = [Answer() for _ in requests]
         self.names: list[list[str]] = [[] for _ in requests]  # of the images written
         self.turn = self.count = 0  # the answer that is being written, the next image's number
-        self.place = self.letters = 0  # of it: segments written, letters of the next one
+        self.letters = 0  # of that answer, on the screen
 
     def take(self, number: int, answer: Answer) -> None:
         self.answers[number] = answer
@@ -506,32 +506,27 @@ class Writer:
     def write(self, over: bool) -> bool:
         """Write what is new of the answer whose turn it is; where it is over, the turn passes."""
         (prompt, request), answer = self.requests[self.turn], self.answers[self.turn]
-        names, seed = self.names[self.turn], f" (seed {request.seed})\n"
-        for segment in answer.segments[self.place :]:
-            if segment.is_image:
-                names.append(self.save(answer, len(names)))
-                self.say(names[-1] + seed)
-            else:
-                self.say(segment.content[self.letters :])
-                self.letters, is_last = len(segment.content), segment is answer.segments[-1]
-                if is_last and not over and not answer.drawing:
-                    break  # it may go on
-                self.say(seed if is_last and over else "\n")
-            self.place, self.letters = self.place + 1, 0
+        names, seed = self.names[self.turn], f" (seed {request.seed})"
+        for image in range(len(names), len(answer.images)):
+            names.append(self.save(answer, image))
+        if not self.results and (answer.segments or answer.complete):
+            paths = iter(names)
+            lines = [next(paths) + seed if s.is_image else s.content for s in answer.segments]
+            in_text = not (answer.drawing or (answer.segments and answer.segments[-1].is_image))
+            said = "\n".join(lines) + (seed if over and in_text else "")
+            if over or not in_text:  # else the line may go on
+                said += "\n"
+            print(said[self.letters :], end="", flush=True)
+            self.letters = len(said)
         if over:
-            self.say("" if answer.segments or not answer.complete else seed)
             for note in answer.notes:
                 print(f"note: request {self.turn}: {note}", file=sys.stderr)
             if self.results and answer.complete:
                 line = dict(prompt=prompt, text=answer.text, images=names, seed=request.seed)
                 self.results.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 self.results.flush()
-            self.turn, self.place = self.turn + 1, 0
+            self.turn, self.letters = self.turn + 1, 0
         return over
-
-    def say(self, text: str) -> None:
-        if not self.results:
-            print(text, end="", flush=True)
 
     def save(self, answer: Answer, image: int) -> str:
         """Write an image under the next number that no image of a prompt has, and its film."""
@@ -557,9 +552,9 @@ class Writer:
         for (_, request), answer, names in everything:
             if answer.images and len(answer.segments) > 1:
                 asked = ["`<image>`" if s.is_image else s.content for s in request.prompt]
-                lines.append("> " + " ".join(" ".join(asked).split()))
                 links = (f"![]({Path(name).name})" for name in names)
-                lines += [next(links) if s.is_image else s.content.strip() for s in answer.segments]
+                said = [next(links) if s.is_image else s.content.strip() for s in answer.segments]
+                lines += ["> " + " ".join(" ".join(asked).split()), *said]
                 rows.append(captioned(request.prompt) + captioned(answer.segments))
         if rows:
             page, picture = self.output / "story.md", self.output / "story.png"
@@ -567,8 +562,9 @@ class Writer:
                 picture = picture.with_stem(picture.stem + "_")
             with checkpoint.whole_file(page) as file:
                 file.write("\n\n".join([*lines, ""]).encode())
+            side = self.scale * self.vae.config.resolution
             with checkpoint.whole_file(picture) as file:
-                sheet(rows, enlarge(rows[0][-1][0], self.scale).size).save(file, "PNG")
+                sheet(rows, (side, side)).save(file, "PNG")
             print(f"{page} {picture}")
 
 
