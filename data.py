@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import checkpoint
@@ -39,7 +41,7 @@ from orthus import OrthusConfig
 class Segment:
     """A piece of a conversation: text or an image, which the model reads, or writes (output).
 
-    An image may be the path of a file that was checked (check_image): it is read when a batch needs
+    An image may be the path of a file that was checked (open_image): it is read when a batch needs
     it. detail: where an image is white here ("L", of its size), it holds small things, as digits,
     that the autoencoder must not lose.
     """
@@ -101,24 +103,18 @@ class Batch:
         return Batch(*(getattr(self, f).to(device) for f in ("tokens", "labels", "images")))
 
 
-def collate(
-    sequences: list[Sequence],
-    config: OrthusConfig,
-    resolution: int,
-    pad_left: bool = False,
-    hub_pixels: bool = False,
-) -> Batch:
+def collate(sequences: list[Sequence], config: OrthusConfig, resolution: int,
+            pad_left: bool = False, hub_pixels: bool = False) -> Batch:
     """Pad sequences to the longest one: on the right for training, on the left for generation."""
 
-    def pad(ids: list[int], value: int) -> list[int]:
-        padding = [value] * (longest - len(ids))
-        return padding + ids if pad_left else ids + padding
+    def pad(rows: list[list[int]], value: int) -> Tensor:
+        side = "left" if pad_left else "right"
+        return pad_sequence([torch.tensor(row) for row in rows], True, value, side)
 
-    longest = max(len(s.tokens) for s in sequences)
     images = [to_tensor(image, resolution, hub_pixels) for s in sequences for image in s.images]
     return Batch(
-        torch.tensor([pad(s.tokens, config.pad_id) for s in sequences]),
-        torch.tensor([pad(s.labels, -100) for s in sequences]),
+        pad([s.tokens for s in sequences], config.pad_id),
+        pad([s.labels for s in sequences], -100),
         torch.stack(images) if images else torch.zeros(0, 3, resolution, resolution),
     )
 
@@ -221,7 +217,7 @@ def open_image(path: str | Path, header: bool = False) -> Image.Image:
     """
     try:
         if not Path(path).is_file():  # a pipe or a device would be waited for
-            raise ValueError("it is not a file; give a PNG or JPEG")
+            raise ValueError("it is not a file")
         # the size is checked here
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:
@@ -237,21 +233,14 @@ def open_image(path: str | Path, header: bool = False) -> Image.Image:
                 return ImageOps.exif_transpose(image)  # photos may be stored turned
             except (SyntaxError, ValueError, TypeError, KeyError):  # broken Exif data
                 return image.copy()
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        why = f"{error}; give a PNG or JPEG"
     except Exception as error:  # Pillow's readers of damaged files raise many kinds
-        why = error
-    raise ValueError(f"image {str(path)!r} cannot be read ({why})")
+        named = f"image {str(path)!r} cannot be read ({error})"
+        raise ValueError(f"{named}; give a PNG or JPEG") from None
 
 
-def check_image(path: str | Path) -> Path:
-    """Raise ValueError unless a file is an image that can be read; nothing of it is kept."""
-    open_image(path)
-    return Path(path)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """PIL image of any mode -> RGB, transparency blended on white."""
+def on_white(image: Path | Image.Image) -> Image.Image:
+    """PIL image of any mode, or its path -> RGB, transparency blended on white."""
+    image = open_image(image) if isinstance(image, Path) else image
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -267,16 +256,15 @@ def read_prompt(text: str, images: list[str]) -> list[Segment]:
         raise ValueError("the prompt is empty; say what to draw, or give an image and a question")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"the prompt {text!r:.60} is not valid text; give it in UTF-8")
-    pictures = [Segment(check_image(path)) for path in images]
-    pieces = text.split("<image>")
-    if len(pieces) == 1:
-        pieces = [""] * len(pictures) + pieces
-    if len(pieces) - 1 != len(pictures):
-        raise ValueError(f"{len(pieces) - 1} <image> in {text!r:.60}, but {len(pictures)} images "
-                         "given; give as many")
-    mixed = [s for piece, p in zip(pieces, [*pictures, None], strict=True)
-             for s in (Segment(piece), p)]  # fmt: skip
-    return [s for s in mixed if s is not None and (s.is_image or s.content.strip())]
+    text = text if "<image>" in text else "<image>" * len(images) + text
+    pieces, paths = re.split("(<image>)", text), iter(images)
+    if (count := pieces.count("<image>")) != len(images):
+        raise ValueError(f"{count} <image> in {text!r:.60}, but {len(images)} images given; give "
+                         "as many")  # fmt: skip
+    for path in images:
+        open_image(path)
+    return [Segment(Path(next(paths)) if piece == "<image>" else piece)
+            for piece in pieces if piece.strip()]  # fmt: skip
 
 
 def to_tensor(image: Path | Image.Image, size: int, hub_pixels: bool = False) -> Tensor:
@@ -286,7 +274,7 @@ def to_tensor(image: Path | Image.Image, size: int, hub_pixels: bool = False) ->
     only what is kept is computed, however long the other side. hub_pixels does as the Hub's
     processor: 0.0078 x - 1, which makes white 0.989, and the long side rounded down.
     """
-    image = on_white(open_image(image) if isinstance(image, Path) else image)
+    image = on_white(image)
     whole, short = int if hub_pixels else round, min(image.size)
     for axis, side in enumerate(image.size if image.size != (size, size) else ()):
         scaled = max(size, whole(side * size / short))  # what this side would become
@@ -308,15 +296,11 @@ def to_image(tensor: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-Cell = tuple[Image.Image, str, object]  # an image, the text below it and the colour of that
+Cell = tuple[Path | Image.Image, str, object]  # an image, the text below it, the colour of that
 
 
 def sheet(rows: list[list[Cell]], size: tuple[int, int]) -> Image.Image:
     """Rows of images, each brought to one size (width, height), with its text below."""
-    import textwrap
-
-    from PIL import ImageDraw, ImageFont
-
     font, gap, (width, height) = ImageFont.load_default(size=12), 8, size
 
     def wrap(text: str) -> str:
@@ -341,9 +325,7 @@ def captioned(segments: list[Segment]) -> list[Cell]:
     cells, text = [], []
     for segment in segments:
         if segment.is_image:
-            image = segment.content
-            image = open_image(image) if isinstance(image, Path) else image
-            cells.append((image, " ".join(text), "black"))
+            cells.append((segment.content, " ".join(text), "black"))
             text = []
         else:
             text.append(segment.content.strip())
@@ -565,10 +547,10 @@ def from_llava(row) -> list[list[Segment]]:
         raise ValueError(f"it has {count} <image>, but {given} images; want as many")
     segments = []
     for who, text in turns:
-        for i, piece in enumerate(pieces := text.split("<image>")):
-            if i:
+        for piece in re.split("(<image>)", text):
+            if piece == "<image>":
                 segments.append(Segment(Path(name), who == "gpt"))
-            if piece.strip() or len(pieces) == 1:  # nothing beside an image is no empty text
+            elif piece.strip() or piece == text:  # nothing beside an image is no empty text
                 segments.append(Segment(piece.strip(), who == "gpt"))
     return [segments]
 

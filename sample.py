@@ -406,33 +406,26 @@ def generate(pipeline: Pipeline, requests: list[Request], batch_size: int = 16,
              **options) -> list[Answer]:
     """Answer requests, `batch_size` at a time; the other options are those of Options.
 
-    watch is told the number of a request and its answer when that has grown. A batch that does not
-    fit the device's memory is split. Raises ValueError where a prompt leaves no room for an answer.
+    watch is told the number of a request and its answer when that has grown. Raises ValueError
+    where a prompt leaves no room for an answer, or the device's memory none for a batch.
     """
     options = Options(**options)
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; want a whole number of 1 or more")
 
-    def start(number: int) -> Row:
+    rows = []
+    for number, request in enumerate(requests):
         try:
-            return Row(pipeline, requests[number], options, functools.partial(watch, number))
+            rows.append(Row(pipeline, request, options, functools.partial(watch, number)))
         except ValueError as error:
             raise ValueError(f"request {number}: {error}") from None
-
-    rows, first = [start(number) for number in range(len(requests))], 0
     with tqdm(total=0, desc="latents", disable=not progress, leave=False, delay=0.01) as bar:
-        while first < len(rows):
-            batch = rows[first : first + batch_size]
+        for first in range(0, len(rows), batch_size):
             try:
-                decode(pipeline, batch, options, bar)
-                first += len(batch)
+                decode(pipeline, rows[first : first + batch_size], options, bar)
             except torch.OutOfMemoryError:  # most likely in the cache, ahead of the first token
-                if len(batch) == 1 or any(row.answer.segments for row in batch):
-                    raise ValueError("the answers do not fit the device's memory; lower "
-                                     "--max-tokens, --batch-size, or --dtype") from None
-                batch_size = len(batch) // 2
-                for number in range(first, first + len(batch)):
-                    rows[number] = start(number)
+                raise ValueError("the answers do not fit the device's memory; lower --batch-size, "
+                                 "--max-tokens, or --dtype") from None
     return [row.answer for row in rows]
 
 
@@ -503,7 +496,7 @@ class Writer:
         self.answers = [Answer() for _ in requests]
         self.names: list[list[str]] = [[] for _ in requests]  # of the images written
         self.turn = self.count = 0  # the answer that is being written, the next image's number
-        self.place = self.letters = 0  # of it: segments written, letters of the next one
+        self.letters = 0  # of that answer, on the screen
 
     def take(self, number: int, answer: Answer) -> None:
         self.answers[number] = answer
@@ -513,32 +506,27 @@ class Writer:
     def write(self, over: bool) -> bool:
         """Write what is new of the answer whose turn it is; where it is over, the turn passes."""
         (prompt, request), answer = self.requests[self.turn], self.answers[self.turn]
-        names, seed = self.names[self.turn], f" (seed {request.seed})\n"
-        for segment in answer.segments[self.place :]:
-            if segment.is_image:
-                names.append(self.save(answer, len(names)))
-                self.say(names[-1] + seed)
-            else:
-                self.say(segment.content[self.letters :])
-                self.letters, is_last = len(segment.content), segment is answer.segments[-1]
-                if is_last and not over and not answer.drawing:
-                    break  # it may go on
-                self.say(seed if is_last and over else "\n")
-            self.place, self.letters = self.place + 1, 0
+        names, seed = self.names[self.turn], f" (seed {request.seed})"
+        for image in range(len(names), len(answer.images)):
+            names.append(self.save(answer, image))
+        if not self.results and (answer.segments or answer.complete):
+            paths = iter(names)
+            lines = [next(paths) + seed if s.is_image else s.content for s in answer.segments]
+            in_text = not (answer.drawing or (answer.segments and answer.segments[-1].is_image))
+            said = "\n".join(lines) + (seed if over and in_text else "")
+            if over or not in_text:  # else the line may go on
+                said += "\n"
+            print(said[self.letters :], end="", flush=True)
+            self.letters = len(said)
         if over:
-            self.say("" if answer.segments or not answer.complete else seed)
             for note in answer.notes:
                 print(f"note: request {self.turn}: {note}", file=sys.stderr)
             if self.results and answer.complete:
                 line = dict(prompt=prompt, text=answer.text, images=names, seed=request.seed)
                 self.results.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 self.results.flush()
-            self.turn, self.place = self.turn + 1, 0
+            self.turn, self.letters = self.turn + 1, 0
         return over
-
-    def say(self, text: str) -> None:
-        if not self.results:
-            print(text, end="", flush=True)
 
     def save(self, answer: Answer, image: int) -> str:
         """Write an image under the next number that no image of a prompt has, and its film."""
@@ -564,9 +552,9 @@ class Writer:
         for (_, request), answer, names in everything:
             if answer.images and len(answer.segments) > 1:
                 asked = ["`<image>`" if s.is_image else s.content for s in request.prompt]
-                lines.append("> " + " ".join(" ".join(asked).split()))
                 links = (f"![]({Path(name).name})" for name in names)
-                lines += [next(links) if s.is_image else s.content.strip() for s in answer.segments]
+                said = [next(links) if s.is_image else s.content.strip() for s in answer.segments]
+                lines += ["> " + " ".join(" ".join(asked).split()), *said]
                 rows.append(captioned(request.prompt) + captioned(answer.segments))
         if rows:
             page, picture = self.output / "story.md", self.output / "story.png"
@@ -574,8 +562,9 @@ class Writer:
                 picture = picture.with_stem(picture.stem + "_")
             with checkpoint.whole_file(page) as file:
                 file.write("\n\n".join([*lines, ""]).encode())
+            side = self.scale * self.vae.config.resolution
             with checkpoint.whole_file(picture) as file:
-                sheet(rows, enlarge(rows[0][-1][0], self.scale).size).save(file, "PNG")
+                sheet(rows, (side, side)).save(file, "PNG")
             print(f"{page} {picture}")
 
 
@@ -609,7 +598,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--film", action="store_true", help="write 0000.gif beside 0000.png: one frame a latent")
     add("--scale", type=whole(int, 1, 64), metavar="N", help="enlarge PNGs (1: as the model drew)")
     add("--batch-size", type=whole(int, 1, 4096), default=16, metavar="N",
-        help="requests at a time; fewer where a GPU's memory holds fewer (default: 16)")
+        help="requests at a time; give fewer where the memory holds fewer (default: 16)")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda:1, ...")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the transformer (default: float32 on a CPU, bfloat16 elsewhere)")
@@ -620,14 +609,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.requests and args.num_images > 1:
         parser.error("--num-images goes with --prompt; repeat the line in the --requests file")
     return args
-
-
-def budget_line(pipeline: Pipeline, rows: list[Row], most: int | None) -> str:
-    """What fits the least of the answers, in words."""
-    size, tokens = pipeline.model.config.latents_per_image + 2, min(row.budget for row in rows)
-    fit = (tokens - 1) // size
-    images = fit if most is None else most if most <= fit else f"only {fit} of {most}"
-    return f"budget: {images} images x {size} + text fits {tokens}"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -648,10 +629,9 @@ def run(args: argparse.Namespace) -> None:
     options = Options(**given)  # may raise, before anything is loaded
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pipeline = load(args.checkpoint, device, dtype, args.vae, args.compile)
-    rows = [Row(pipeline, request, options) for _, request in requests]
+    for _, request in requests:  # may raise, before anything is written
+        Row(pipeline, request, options)
     warn_unknown_words({text for text, _ in requests}, pipeline.defaults.words)
-    if args.min_images or args.max_images:
-        print(budget_line(pipeline, rows, args.max_images))
     output.mkdir(parents=True, exist_ok=True)
     lines = checkpoint.whole_file(results, True) if args.requests else contextlib.nullcontext()
     with checkpoint.lock(output), lines as file:

@@ -94,7 +94,7 @@ def test_a_very_long_strip_costs_little_memory(tmp_path):
     Image.new("L", (400_000, 1), 200).save(tmp_path / "strip.png")
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
     before = peak()
-    assert data.to_tensor(data.check_image(tmp_path / "strip.png"), 64).shape == (3, 64, 64)
+    assert data.to_tensor(tmp_path / "strip.png", 64).shape == (3, 64, 64)
     assert peak() - before < 100
 
 
@@ -138,7 +138,7 @@ def bad_images(folder) -> list:
 
 def test_what_is_no_readable_image_is_refused_in_one_line(tmp_path, recwarn):
     for path in bad_images(tmp_path):
-        message = complaint(lambda path=path: data.check_image(path))
+        message = complaint(lambda path=path: data.open_image(path))
         assert str(path) in message, path
         assert "pixels" in message or not str(path).endswith(("huge.png", "huger.png", "long.png"))
     assert not recwarn.list
