@@ -611,6 +611,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def budget_line(pipeline: Pipeline, rows: list[Row], most: int | None) -> str:
+    """What fits the least of the answers, in words."""
+    size, tokens = pipeline.model.config.latents_per_image + 2, min(row.budget for row in rows)
+    fit = (tokens - 1) // size
+    images = fit if most is None else most if most <= fit else f"only {fit} of {most}"
+    return f"budget: {images} images x {size} + text fits {tokens}"
+
+
 def run(args: argparse.Namespace) -> None:
     started = time.time()
     device, output = pick_device(args.device), Path(args.output)
@@ -629,9 +637,10 @@ def run(args: argparse.Namespace) -> None:
     options = Options(**given)  # may raise, before anything is loaded
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pipeline = load(args.checkpoint, device, dtype, args.vae, args.compile)
-    for _, request in requests:  # may raise, before anything is written
-        Row(pipeline, request, options)
+    rows = [Row(pipeline, request, options) for _, request in requests]
     warn_unknown_words({text for text, _ in requests}, pipeline.defaults.words)
+    if args.min_images or args.max_images:
+        print(budget_line(pipeline, rows, args.max_images))
     output.mkdir(parents=True, exist_ok=True)
     lines = checkpoint.whole_file(results, True) if args.requests else contextlib.nullcontext()
     with checkpoint.lock(output), lines as file:

@@ -447,10 +447,16 @@ def test_no_image_is_begun_past_the_maximum(pipeline, monkeypatch):
     assert sum("image 2 was left out: it takes 19 tokens" in note for note in notes) == 1
 
 
-def test_what_cannot_fit_is_refused_before_the_start(pipeline, monkeypatch):
-    monkeypatch.setattr(sample, "decode", None)
-    asked = lambda: answer(pipeline, request("a star"), max_tokens=40, min_images=3)
-    assert "request 0" in complaint(asked) and "needs 55" in complaint(asked)
+def test_what_fits_is_told_before_the_start(pipeline):
+    def told(**options):
+        options = sample.Options(**options)
+        row = sample.Row(pipeline, request("a star"), options)
+        return sample.budget_line(pipeline, [row], options.max_images)
+
+    assert "3 images x 18 + text fits 74" in told(max_images=3)
+    assert "2 images x 18 + text fits 40" in told(max_tokens=40)
+    assert "only 2 of 5 images x 18 + text fits 40" in told(max_tokens=40, max_images=5)
+    assert "needs 55" in complaint(lambda: told(max_tokens=40, min_images=3))
 
 
 def test_an_answer_is_watched_as_it_grows(pipeline, monkeypatch):
@@ -690,9 +696,9 @@ def test_a_story_is_written_with_its_pictures(run, tmp_path, monkeypatch):
     interleaved(monkeypatch)
     picture(3).save(tmp_path / "in.png")
     out = tmp_path / "out"
-    code, _, _ = run("--image", tmp_path / "in.png", "--prompt", "Continue this story.",
-                     "--max-images", 2, "--output", out)  # fmt: skip
-    assert code == 0
+    code, said, _ = run("--image", tmp_path / "in.png", "--prompt", "Continue this story.",
+                        "--max-images", 2, "--output", out)  # fmt: skip
+    assert code == 0 and "2 images x 18 + text fits" in said
     assert names(out) == {"0000.png", "0001.png", "story.md", "story.png"}
     story = (out / "story.md").read_text()
     assert story.startswith("> `<image>` Continue this story.")
