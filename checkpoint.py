@@ -89,13 +89,14 @@ def check_fields(config) -> None:
 
 def build(kind: type, fields: dict, source):
     """A config dataclass from what a file says; what does not fit raises ValueError."""
-    known = {f.name: f.default is f.default_factory is dataclasses.MISSING
-             for f in dataclasses.fields(kind)}  # and whether it is needed  # fmt: skip
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    needed = [name for name, f in known.items()
+              if f.default is f.default_factory is dataclasses.MISSING]  # fmt: skip
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"it is {fields!r:.60}; want an object with {', '.join(known)}")
         wrong = [f"it has {name!r:.40}" for name in fields if name not in known]
-        wrong += [f"it lacks {name!r}" for name in known if known[name] and name not in fields]
+        wrong += [f"it lacks {name!r}" for name in needed if name not in fields]
         if wrong:
             raise ValueError(f"{'; '.join(wrong)}; want {', '.join(known)}")
         return kind(**fields)
@@ -199,10 +200,9 @@ def open_checkpoint(directory: "str | Path | Checkpoint") -> Checkpoint:
         import released  # here, since it imports this file, and only others' layouts need it
 
         return released.open_released(directory, config)
-    files = {"model": MODEL, "vae": VAE}
-    found = [directory / name for name in TOKENIZERS if (directory / name).is_file()]
-    read = lambda name: read_tensors(directory / files[name])
-    return Checkpoint(directory, config, read, found[0] if found else None)
+    tokenizers = [directory / name for name in TOKENIZERS if (directory / name).is_file()]
+    read = lambda name: read_tensors(directory / f"{name}.safetensors")
+    return Checkpoint(directory, config, read, next(iter(tokenizers), None))
 
 
 # --- Filling a module ----------------------------------------------------------------------------
@@ -355,14 +355,12 @@ def number(kind: type, low: float | None = None, high: float | None = None):
     """An argparse type: a number from low to high."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        value = kind(text)
         if wanted := problem(value, kind, low, high):
             raise argparse.ArgumentTypeError(f"it is {text}; {wanted}")
         return value
 
+    parse.__name__ = "whole number" if kind is int else "number"  # what argparse calls the text
     return parse
 
 
@@ -398,7 +396,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, names=None) -> None:
         elif origin is tuple:
             more = {"type": inner[0], "nargs": "+" if ... in inner else len(inner), "metavar": "X"}
         help = f.metadata.get("help", "")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=help, **more)
+        parser.add_argument("--" + f.name.replace("_", "-"), help=help, **more)
 
 
 def command_line(prog: str, action: Callable[[], None], interrupted: str = "interrupted") -> None:
