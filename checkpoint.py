@@ -89,13 +89,14 @@ def check_fields(config) -> None:
 
 def build(kind: type, fields: dict, source):
     """A config dataclass from what a file says; what does not fit raises ValueError."""
-    known = {f.name: f.default is f.default_factory is dataclasses.MISSING
-             for f in dataclasses.fields(kind)}  # and whether it is needed  # fmt: skip
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    needed = [name for name, f in known.items()
+              if f.default is f.default_factory is dataclasses.MISSING]  # fmt: skip
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"it is {fields!r:.60}; want an object with {', '.join(known)}")
         wrong = [f"it has {name!r:.40}" for name in fields if name not in known]
-        wrong += [f"it lacks {name!r}" for name in known if known[name] and name not in fields]
+        wrong += [f"it lacks {name!r}" for name in needed if name not in fields]
         if wrong:
             raise ValueError(f"{'; '.join(wrong)}; want {', '.join(known)}")
         return kind(**fields)
@@ -122,29 +123,33 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_file(path: Path) -> Tensors:
+    """All tensors of a safetensors file; memory-mapped."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; a checkpoint directory needs it")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+
+
 def read_tensors(path: Path) -> Tensors:
-    """All tensors of a safetensors file, or of its shards where it has an index; memory-mapped."""
-    index, files, names = path.with_name(path.name + ".index.json"), None, [path.name]
-    if index.is_file() and not path.is_file():
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-            raise ValueError(f"{index} has no weight_map from names of tensors to those of files")
-        names = sorted(set(files.values()))
-        if outside := [n for n in names if n != Path(n).name or n in ("", "..")]:
-            raise ValueError(f"{index} names files outside its directory: {', '.join(outside)}")
-    shards = {}
-    for file in map(path.with_name, names):
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; a checkpoint directory needs it")
-        try:
-            shards[file.name] = load_file(file)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error})") from None
+    """The same of a file, or of its shards where it has an index."""
+    index = path.with_name(path.name + ".index.json")
+    if path.is_file() or not index.is_file():
+        return read_file(path)
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+        raise ValueError(f"{index} has no weight_map from names of tensors to those of files")
+    names = set(files.values())
+    if outside := [n for n in names if n != Path(n).name or n in ("", "..")]:
+        raise ValueError(f"{index} names files outside its directory: {', '.join(outside)}")
+    shards = {name: read_file(path.with_name(name)) for name in sorted(names)}
     found = {(key, name) for name, shard in shards.items() for key in shard}
-    if files is not None and (wrong := sorted(found ^ files.items())):
+    if wrong := sorted(found ^ files.items()):
         named = ", ".join(f"{key} in {name}" for key, name in wrong)
         raise ValueError(f"{index} and its shards differ: {named}")
-    return {key: shards[name][key] for key, name in sorted(found)}
+    return {key: shards[name][key] for key, name in files.items()}
 
 
 @dataclass
@@ -195,10 +200,9 @@ def open_checkpoint(directory: "str | Path | Checkpoint") -> Checkpoint:
         import released  # here, since it imports this file, and only others' layouts need it
 
         return released.open_released(directory, config)
-    files = {"model": MODEL, "vae": VAE}
-    found = [directory / name for name in TOKENIZERS if (directory / name).is_file()]
-    read = lambda name: read_tensors(directory / files[name])
-    return Checkpoint(directory, config, read, found[0] if found else None)
+    tokenizers = [directory / name for name in TOKENIZERS if (directory / name).is_file()]
+    read = lambda name: read_tensors(directory / f"{name}.safetensors")
+    return Checkpoint(directory, config, read, next(iter(tokenizers), None))
 
 
 # --- Filling a module ----------------------------------------------------------------------------
@@ -213,20 +217,19 @@ class Blank(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def load(make: Callable[[], nn.Module], layers: int, source: Checkpoint, name: str,
-         device="cpu", dtype: torch.dtype | None = None) -> nn.Module:
-    """make() with the tensors of a checkpoint's part; it asks for so many layers."""
-    tensors = source.tensors(name)
-    if layers > len(tensors):  # before they are built
-        raise ValueError(f"{source} asks for {layers} layers, but holds {len(tensors)} tensors")
-    try:
-        with torch.device("meta"), Blank():
-            module = make()
-    except RuntimeError as error:  # its sizes overflow
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{source} asks for a {name} that nothing can hold ({reason})") from None
+def load(kind: type, sizes: type, name: str, directory, device="cpu", dtype=None) -> nn.Module:
+    """A part of a checkpoint as kind(sizes(..)): its section of the config, then its tensors."""
+    source = open_checkpoint(directory)
+    config, tensors = build(sizes, source.section(name), source), source.tensors(name)
+    with torch.device("meta"), Blank():
+        module = kind(config)
     assign(module, tensors, source, device, dtype)
     return module
+
+
+def is_finite(t: Tensor) -> bool:
+    """A finite sum says that all numbers are, 25 times as fast as looking at each."""
+    return bool(t.sum(dtype=torch.float32).isfinite() or t.isfinite().all())
 
 
 def assign(module: nn.Module, tensors: Tensors, source, device="cpu", dtype=None) -> None:
@@ -238,20 +241,20 @@ def assign(module: nn.Module, tensors: Tensors, source, device="cpu", dtype=None
     """
     wanted = {name: list(p.shape) for name, p in module.state_dict().items()}
     problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in tensors]
-    small = sum(t.nbytes for t in tensors.values()) < SMALL
+    is_small = sum(t.nbytes for t in tensors.values()) < SMALL
     for name, t in tensors.items():
+        shape, is_norm = list(t.shape), "norm" in name or "in_ln" in name
         if name not in wanted:
-            problems.append(f"unexpected {name} {list(t.shape)}")
-        elif wanted[name] != list(t.shape):
-            problems.append(f"{name} has shape {list(t.shape)}, the config asks for {wanted[name]}")
+            problems.append(f"unexpected {name} {shape}")
+        elif shape != wanted[name]:
+            problems.append(f"{name} has shape {shape}, the config asks for {wanted[name]}")
         elif t.dtype not in FLOATS:
             problems.append(f"{name} holds {t.dtype}, not floating-point numbers")
-        elif small or "norm" in name or "in_ln" in name:
-            # a finite sum says that all are, 25 times as fast as looking at each
-            if not (t.sum(dtype=torch.float32).isfinite() or t.isfinite().all()):
-                problems.append(f"{name} holds numbers that are not finite")
+        elif (is_small or is_norm) and not is_finite(t):
+            problems.append(f"{name} holds numbers that are not finite")
     if problems:
-        raise ValueError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
+        raise ValueError(f"{source}: its {len(tensors)} tensors do not fit "
+                         f"{type(module).__name__}: {'; '.join(problems)}")
     tensors = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
     module.load_state_dict(tensors, assign=True)
 
@@ -352,14 +355,12 @@ def number(kind: type, low: float | None = None, high: float | None = None):
     """An argparse type: a number from low to high."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        value = kind(text)
         if wanted := problem(value, kind, low, high):
             raise argparse.ArgumentTypeError(f"it is {text}; {wanted}")
         return value
 
+    parse.__name__ = "whole number" if kind is int else "number"  # what argparse calls the text
     return parse
 
 
@@ -395,7 +396,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, names=None) -> None:
         elif origin is tuple:
             more = {"type": inner[0], "nargs": "+" if ... in inner else len(inner), "metavar": "X"}
         help = f.metadata.get("help", "")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=help, **more)
+        parser.add_argument("--" + f.name.replace("_", "-"), help=help, **more)
 
 
 def command_line(prog: str, action: Callable[[], None], interrupted: str = "interrupted") -> None:

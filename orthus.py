@@ -39,7 +39,7 @@ class OrthusConfig:
     vocab_size: int = 65536  # V
     hidden_size: int = 4096  # D
     intermediate_size: int = 11008
-    num_hidden_layers: int = 32
+    num_hidden_layers: int = within(32, 1, 1000)
     num_attention_heads: int = 32  # H
     num_key_value_heads: int = 32
     rms_norm_eps: float = 1e-5
@@ -55,7 +55,7 @@ class OrthusConfig:
     image_head: Literal["diffusion", "mse", "tokens"] = "diffusion"  # eq. 3, appendix C, Chameleon
     # image head
     head_width: int = 1536  # W
-    head_blocks: int = 3
+    head_blocks: int = within(3, 1, 1000)
     latent_scale: float = 0.1  # what the head noises is latents * latent_scale
     prediction: Literal["velocity", "epsilon"] = "velocity"
     beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"  # LDM's "linear", DDPM's
@@ -697,10 +697,7 @@ class Orthus(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | Path, device="cpu", dtype=None) -> "Orthus":
         """Read the model of a checkpoint in any layout. dtype None keeps the stored one."""
-        source = checkpoint.open_checkpoint(directory)
-        config = checkpoint.build(OrthusConfig, source.section("model"), source)
-        layers = config.num_hidden_layers + config.head_blocks
-        return checkpoint.load(lambda: cls(config), layers, source, "model", device, dtype)
+        return checkpoint.load(cls, OrthusConfig, "model", directory, device, dtype)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config and weights into a checkpoint directory; its other parts are kept."""

@@ -115,9 +115,8 @@ def hub_vae_config(hub: dict, source) -> VQVAEConfig:
     if not isinstance(vq, dict):
         raise ValueError(f"{source}: vq_config is {vq!r:.40}, not an object")
     check_only(vq, VQ_ONLY, source)
-    given = {field: [vq[name] for name in names if vq.get(name) is not None]
-             for field, names in VQ_NAMES.items()}  # fmt: skip
-    fields = {field: values[0] for field, values in given.items() if values}
+    fields = {field: vq[name] for field, names in VQ_NAMES.items() for name in reversed(names)
+              if vq.get(name) is not None}  # today's name, which is the last, wins  # fmt: skip
     config = checkpoint.build(VQVAEConfig, fields, source)
     check_only(vq, {"embed_dim": (config.latent_channels,)}, source)
     return config
@@ -281,9 +280,7 @@ def meta_shards(folder: Path) -> list[Tensors]:
 
 def open_meta(directory: Path, folder: Path) -> Checkpoint:
     """params.json and the shapes -> the config; tensors are converted when they are asked for."""
-    above = folder.resolve().parent
-    tokenizers = [parent / "tokenizer" for parent in (above.parent, above, folder)]
-    tokenizers = next((path for path in tokenizers if path.is_dir()), tokenizers[0])
+    tokenizers = folder.resolve().parent.parent / "tokenizer"
     source, params = folder / "params.json", {}
     for name in ("params.json", "consolidate_params.json"):
         params |= read_json(folder / name) if (folder / name).is_file() else {}

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
+from checkpoint import within
 
 
 @dataclass
@@ -27,9 +28,9 @@ class VQVAEConfig:
     """Sizes of the autoencoder; the defaults are Chameleon's (512 px, f = 16)."""
 
     resolution: int = 512
-    base_channels: int = 128
-    channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2  # per level; the decoder has one more
+    base_channels: int = within(128, 1, 2**14)
+    channel_multiplier: tuple[int, ...] = within((1, 1, 2, 2, 4), 1, 64)
+    num_res_blocks: int = within(2, 1, 100)  # per level; the decoder has one more
     latent_channels: int = 256  # C
     num_codes: int = 8192  # K
     groups: int = 32  # of every GroupNorm
@@ -282,7 +283,4 @@ class VQVAE(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | Path, device="cpu", dtype=None) -> "VQVAE":
         """Read the autoencoder of a checkpoint in any layout. dtype None keeps the stored one."""
-        source = checkpoint.open_checkpoint(directory)
-        config = checkpoint.build(VQVAEConfig, source.section("vae"), source)
-        layers = len(config.channel_multiplier) * config.num_res_blocks
-        return checkpoint.load(lambda: cls(config), layers, source, "vae", device, dtype)
+        return checkpoint.load(cls, VQVAEConfig, "vae", directory, device, dtype)

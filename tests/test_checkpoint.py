@@ -147,10 +147,11 @@ def test_a_run_stands_for_its_newest_save(saved, tmp_path):
 
 
 CONTENTS = {"empty": b"", "text": b"{not", "deep": b"[" * 10**5, "UTF-16": b"\xff\xfe{}",
-            "list": b"[]", "digits": b'{"a": ' + b"9" * 5000 + b"}"}  # fmt: skip
+            "list": b"[]", "digits": b'{"a": ' + b"9" * 5000 + b"}", "number": b"7",
+            "no section": b"{}", "number as section": b'{"model": 3}'}  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [*CONTENTS, "pipe", "directory"])
+@pytest.mark.parametrize("content", [*CONTENTS, "pipe", "directory", "missing"])
 @pytest.mark.parametrize("name", [CONFIG, MODEL])
 def test_a_file_that_is_none_is_named(saved, name, content):
     path = saved / name
@@ -159,7 +160,7 @@ def test_a_file_that_is_none_is_named(saved, name, content):
         os.mkfifo(path)
     elif content == "directory":
         path.mkdir()
-    else:
+    elif content in CONTENTS:
         path.write_bytes(CONTENTS[content])
     assert str(saved) in complaint(lambda: Orthus.from_pretrained(saved))
 
@@ -169,6 +170,7 @@ CONFIG_DAMAGE = {
     "no layers": dict(num_hidden_layers=0), "unknown": dict(colour=3), "id": dict(sep_id=10**6),
     "many layers": dict(num_hidden_layers=10**7), "wide": dict(hidden_size=2**24),
     "an id twice": dict(sep_id=12), "long": dict(max_position_embeddings=10**12),
+    "tau": dict(tau=0.0),
 }  # fmt: skip
 
 

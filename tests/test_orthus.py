@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import close, complaint, randn, randomise, read_fixture, seeded
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import checkpoint
@@ -131,7 +130,8 @@ def test_linear_embedding_is_a_projection_without_codebook():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_latents_are_measured_in_fp32(autocast):
     embedding = make_model(
-        num_codes=32, latent_channels=256, vocab_size=96, eoi_id=36, boi_id=37, sep_id=38, image_id=39
+        num_codes=32, latent_channels=256, vocab_size=96,
+        eoi_id=36, boi_id=37, sep_id=38, image_id=39,
     ).vision_embedding
     latents, codebook = randn(400, 256).bfloat16(), embedding.codebook.weight.detach()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -981,77 +981,3 @@ def test_saving_keeps_the_other_parts_of_a_directory(model, saved):
     model.save_pretrained(saved)
     assert checkpoint.open_checkpoint(saved).config["generation"] == {"steps": 7}
     assert (saved / "tokenizer.model").read_bytes() == b"pieces"
-
-
-def test_a_model_may_be_saved_over_the_file_it_was_read_from(model, saved):
-    Orthus.from_pretrained(saved).save_pretrained(saved)
-    again = Orthus.from_pretrained(saved).state_dict()
-    assert all(torch.equal(again[name], t) for name, t in model.state_dict().items())
-
-
-def test_missing_unexpected_and_misshapen_names_are_all_listed(saved):
-    path = saved / checkpoint.MODEL
-    tensors = load_file(path)
-    del tensors["norm.weight"], tensors["layers.1.mlp.up_proj.weight"]
-    tensors |= {"surprise": torch.zeros(3), "lm_head.weight": torch.zeros(64, 31)}
-    save_file(tensors, path)
-    message = complaint(lambda: Orthus.from_pretrained(saved))
-    assert "missing norm.weight [32]" in message
-    assert "missing layers.1.mlp.up_proj.weight [48, 32]" in message
-    assert "unexpected surprise [3]" in message
-    assert "lm_head.weight has shape [64, 31], the config asks for [64, 32]" in message
-
-
-def test_a_missing_directory_raises_with_its_name(tmp_path):
-    assert "nowhere" in complaint(lambda: Orthus.from_pretrained(tmp_path / "nowhere"))
-
-
-@pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.MODEL])
-def test_a_missing_file_raises_with_its_name(saved, name):
-    (saved / name).unlink()
-    assert name in complaint(lambda: Orthus.from_pretrained(saved))
-
-
-@pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.MODEL])
-@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])
-def test_a_cut_off_file_raises_with_its_name(saved, name, share):
-    content = (saved / name).read_bytes()
-    (saved / name).write_bytes(content[: int(share * len(content))])
-    assert name in complaint(lambda: Orthus.from_pretrained(saved))
-
-
-@pytest.mark.parametrize("content", ["[]", "7", "null", "{}", '{"model": 3}', '{"model": {}'])
-def test_a_config_that_is_not_one_raises_with_its_name(saved, content):
-    (saved / checkpoint.CONFIG).write_text(content)
-    assert checkpoint.CONFIG in complaint(lambda: Orthus.from_pretrained(saved))
-
-
-def test_an_unknown_field_in_the_config_raises_with_its_name(saved):
-    edit_config(saved, lambda c: c["model"].update(wings=2))
-    assert "wings" in complaint(lambda: Orthus.from_pretrained(saved))
-
-
-def test_a_value_that_the_config_refuses_raises(saved):
-    edit_config(saved, lambda c: c["model"].update(tau=0.0))
-    assert "tau" in complaint(lambda: Orthus.from_pretrained(saved))
-
-
-@torch.no_grad()
-def test_text_hidden_in_the_cache_equals_text_that_was_never_there(model):
-    """A row whose text is hidden goes on as one that never had it; its neighbour sees its own."""
-    prompt, text = torch.tensor([[0, 50, 51, SEP]] * 2), torch.tensor([[52, 53, 54]] * 2)
-    image, none = torch.tensor([[BOI, IMAGE, IMAGE]] * 2), torch.zeros(0, 8)
-    latents = randn(2, 8).repeat(2, 1)
-
-    def go_on(hide: bool, text_too: bool) -> Tensor:
-        cache = KVCache(model.config, 2, 12)
-        model(prompt, none, cache)
-        if text_too:
-            model(text, none, cache)
-            cache.visible[0, 4:7] &= not hide
-        return model(image, latents, cache)
-
-    never, hidden, seen = go_on(False, False), go_on(True, True), go_on(False, True)
-    close(hidden[0], never[0], atol=1e-5)
-    close(hidden[1], seen[1], atol=1e-5)
-    assert (hidden[0] - seen[0]).abs().max() > 1e-2

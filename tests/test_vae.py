@@ -258,12 +258,15 @@ def test_weights_that_are_no_finite_numbers_are_refused(saved, value, wanted):
     assert "quant_conv.bias" in message and wanted in message
 
 
-def test_a_config_that_asks_for_more_levels_than_there_are_tensors_is_refused_at_once(saved):
-    sizes = {"resolution": 2**24, "channel_multiplier": [1] * 20, "num_res_blocks": 10**6}
+@pytest.mark.parametrize("size, value", [
+    ("num_res_blocks", 10**6), ("channel_multiplier", [2**24] * 4), ("base_channels", 2**24),
+])  # fmt: skip
+def test_a_config_that_asks_for_what_nothing_can_hold_is_refused_at_once(saved, size, value):
     config = checkpoint.read_json(saved / checkpoint.CONFIG)
-    config["vae"] |= sizes
+    config["vae"][size] = value
     checkpoint.write_json(saved / checkpoint.CONFIG, config)
-    assert "20000000 layers" in complaint(lambda: VQVAE.from_pretrained(saved))
+    message = complaint(lambda: VQVAE.from_pretrained(saved))
+    assert size in message and str(saved) in message
 
 
 def test_a_cut_off_file_raises_with_its_path(saved):
