@@ -27,11 +27,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+def interrupted(kind, error, trace) -> None:
+    """What Ctrl-C says while PyTorch is imported, which takes seconds."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, trace)
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+hook, sys.excepthook = sys.excepthook, interrupted
+import torch  # noqa: E402
+
+sys.excepthook = hook
+from safetensors import SafetensorError  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 
 MODEL, VAE, CONFIG = "model.safetensors", "vae.safetensors", "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")

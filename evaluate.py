@@ -25,6 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import checkpoint  # first: it answers Ctrl-C while PyTorch is imported
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import benchmarks
-import checkpoint
 import shapes
 from data import Segment, sheet, to_image, to_tensor
 from orthus import DiffusionHead, KVCache, Orthus, OrthusConfig

@@ -21,11 +21,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import checkpoint  # first: it answers Ctrl-C while PyTorch is imported
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import evaluate
 import train
 from data import Segment, sheet

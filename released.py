@@ -18,11 +18,12 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import checkpoint  # first: it answers Ctrl-C while PyTorch is imported
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
 from checkpoint import CONFIG, MODEL, Checkpoint, Tensors, read_json, read_tensors
 from orthus import Orthus, OrthusConfig
 from vae import VQVAE, VQVAEConfig

@@ -22,12 +22,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import checkpoint  # first: it answers Ctrl-C while PyTorch is imported
+
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
 from checkpoint import within
 from data import Segment, Sequence, Tokenizer, captioned, collate, enlarge, layout, read_prompt
 from data import sheet, to_image

@@ -29,6 +29,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoint  # first: it answers Ctrl-C while PyTorch is imported
+
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -36,7 +38,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import checkpoint
 import data
 import lora
 from checkpoint import Checkpoint
