@@ -93,7 +93,8 @@ def layout(segments: list[Segment], tokenizer: "Tokenizer", config: OrthusConfig
 
 @dataclass
 class Batch:
-    """tokens, labels (B, T); images (number of images, 3, H, W) in reading order over the batch."""
+    """tokens, labels (B, T); images (N, 3, H, W) in reading order over the batch, or latents
+    (N, L, C) that were encoded ahead."""
 
     tokens: Tensor
     labels: Tensor
@@ -111,7 +112,8 @@ def collate(sequences: list[Sequence], config: OrthusConfig, resolution: int,
         side = "left" if pad_left else "right"
         return pad_sequence([torch.tensor(row) for row in rows], True, value, side)
 
-    images = [to_tensor(image, resolution, hub_pixels) for s in sequences for image in s.images]
+    images = [image if isinstance(image, Tensor) else to_tensor(image, resolution, hub_pixels)
+              for s in sequences for image in s.images]  # fmt: skip
     return Batch(
         pad([s.tokens for s in sequences], config.pad_id),
         pad([s.labels for s in sequences], -100),

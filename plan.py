@@ -27,6 +27,7 @@ import checkpoint
 import data
 import train
 from checkpoint import Checkpoint
+from optim import dtype_name
 from orthus import Orthus, OrthusConfig
 from sample import pick_device
 from stages import GENERATION, STAGES, UNCONDITIONAL, MicroBatch, TrainConfig, asdict, examples
@@ -165,7 +166,7 @@ def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkp
 def dry_run(name: str, run: Path, given: dict, resume: bool) -> None:
     """Print what a stage will train and need."""
     config, worlds, init = train.settings(name, run, given, resume)
-    config = dataclasses.replace(config, dtype=train.dtype_name(config, pick_device(config.device)))
+    config = dataclasses.replace(config, dtype=dtype_name(config, pick_device(config.device)))
     start = checkpoint.open_checkpoint(init) if init else None
     dataset = train.open_data(config, worlds, start)[0]
     if start:

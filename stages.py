@@ -217,7 +217,8 @@ def picture_batches(config: TrainConfig, resolution: int, parts: int = 1):
 
     def make(dataset: data.Dataset, step: int) -> list[tuple[Tensor, Tensor]]:
         images, details = [], []
-        for segment in examples(dataset, step, config.batch_size, first_picture):
+        for segments in examples(dataset, step, config.batch_size):
+            segment = next(s for s in segments if s.is_image)
             images.append(data.to_tensor(segment.content, resolution))
             detail = segment.detail or Image.new("L", (1, 1))
             details.append((data.to_tensor(detail, resolution)[:1] + 1) / 2)
@@ -227,18 +228,14 @@ def picture_batches(config: TrainConfig, resolution: int, parts: int = 1):
     return make
 
 
-def first_picture(segments: list[Segment]) -> Segment:
-    return next(s for s in segments if s.is_image)
-
-
-def examples(dataset: data.Dataset, step: int, size: int, of=lambda segments: segments) -> list:
+def examples(dataset: data.Dataset, step: int, size: int) -> list[list[Segment]]:
     """The examples of one step; a dataset with a length begins again at its end, in another
     order."""
     indices = range(step * size, (step + 1) * size)
     if hasattr(dataset, "__len__"):
         length = len(dataset)
         indices = [order(length, i // length)[i % length] for i in indices]
-    return [of(dataset.example(int(i))) for i in indices]
+    return [dataset.example(int(i)) for i in indices]
 
 
 @functools.lru_cache(maxsize=2)
@@ -293,8 +290,7 @@ def vae_stage(config: TrainConfig, dataset, start: Checkpoint | None, resumed: b
     else:
         vae, before = VQVAE(VQVAEConfig.preset(config.preset)), None
         vae.init_weights()
-        vae.to(config.device)
-    vae.to(memory_format=torch.channels_last)  # up to twice as fast on a CPU
+    vae.to(config.device, memory_format=torch.channels_last)  # up to twice as fast on a CPU
     quantise_from = 0 if start else config.quantise_from
     weights = config.detail_weight, config.edge_weight
 
@@ -383,13 +379,9 @@ def autoencoder_stage(start: Checkpoint | None, vae: VQVAE, batch, losses, **mor
 
 
 @dataclass
-class MicroBatch:
-    """Part of a step's examples, and its shares of their text and image targets. images holds
-    pictures (N, 3, H, W), or latents (N, L, C) that were encoded ahead."""
+class MicroBatch(data.Batch):
+    """Part of a step's examples, and its shares of their text and image targets."""
 
-    tokens: Tensor
-    labels: Tensor
-    images: Tensor
     shares: tuple[float, float]
 
 
@@ -416,12 +408,12 @@ def sequence_batches(config: TrainConfig, model: OrthusConfig, resolution: int,
             sequences.append(data.layout(segments, tokenizer, model))
         sequences = [s for s in sequences if len(s.tokens) <= model.max_position_embeddings]
         if not sequences:
-            raise ValueError(f"every example of step {step} is longer than the context of "
+            raise ValueError(f"every example of step {step} is longer than the context, "
                              f"{model.max_position_embeddings} tokens; give shorter ones")
         sequences.sort(key=lambda s: len(s.tokens))
         size = math.ceil(len(sequences) / config.micro_batches)
         parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]
-        batches = [collate(part, model, resolution, dataset) for part in parts]
+        batches = [data.collate(part, model, resolution) for part in parts]
         counts = []
         for batch in batches:
             is_image = batch.labels == model.image_id
@@ -435,17 +427,6 @@ def sequence_batches(config: TrainConfig, model: OrthusConfig, resolution: int,
     return make
 
 
-def collate(sequences: list[data.Sequence], model: OrthusConfig, resolution: int, dataset):
-    """data.collate; where latents were encoded ahead, images holds them."""
-    if not isinstance(dataset, Encoded):
-        return data.collate(sequences, model, resolution)
-    numbers = [number for s in sequences for number in s.images]
-    batch = data.collate([dataclasses.replace(s, images=[]) for s in sequences], model, resolution)
-    none = torch.zeros(0, model.latents_per_image, model.latent_channels)
-    batch.images = torch.stack([dataset.latents[n] for n in numbers]) if numbers else none
-    return batch
-
-
 def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenizer: bytes,
                  generation: dict, images_only: bool = False) -> Stage:
     """What chameleon, base and posttrain share: examples, and the joint loss."""
@@ -456,8 +437,7 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
             setattr(own, name, getattr(config, name))
     model.image_head.multiplier = own.diffusion_batch_multiplier
     reserved = frozenset(v for k, v in vars(own).items() if k.endswith("_id"))
-    codes = range(own.image_code_start, own.image_code_start + own.num_codes)
-    words = data.Tokenizer(tokenizer, own.image_id + 1, own.unk_id, reserved | {*codes})
+    words = data.Tokenizer(tokenizer, own.image_id + 1, own.unk_id, reserved | {*own.image_codes})
 
     def losses(micro: MicroBatch, step: int, generator, levels=(0, 1000)) -> dict[str, Tensor]:
         latents = micro.images
@@ -488,10 +468,12 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
     return Stage(model, "model", batch, losses, sections, vae, tokenizer)
 
 
-class Encoded:
-    """The first `number` examples of a dataset, their images encoded ahead, 64 examples a file of a
-    folder: an image's content is its place in `latents`, memory-mapped (L, C) each. Files of an
-    interrupted run are kept."""
+class Encoded(list):
+    """The first `number` examples of a dataset, their images encoded ahead: what a segment holds
+    are latents (L, C), memory-mapped. 64 examples a file of a folder; those of an interrupted run
+    are kept."""
+
+    example = list.__getitem__
 
     def __init__(self, dataset: data.Dataset, number: int, vae: VQVAE, folder: Path, what: dict):
         known, device = folder / "what.json", vae.post_quant_conv.weight.device
@@ -499,7 +481,7 @@ class Encoded:
             shutil.rmtree(folder)  # of other data, or another autoencoder
         folder.mkdir(exist_ok=True)
         checkpoint.write_json(known, what)
-        self.segments, self.latents, size = [], [], 64
+        size = 64
         for first in tqdm(range(0, number, size), "encoding ahead", unit="batch", delay=2):
             last = min(first + size, number)
             path = folder / f"{first:08d}-{last:08d}.pt"
@@ -515,16 +497,9 @@ class Encoded:
                 with checkpoint.whole_file(path) as file:
                     torch.save((texts, torch.cat(parts) if parts else torch.zeros(0)), file)
             texts, latents = torch.load(path, mmap=True)
-            place = iter(range(len(self.latents), 10**12))
-            self.segments += [[Segment(next(place) if text is None else text, output)
-                               for text, output in segments] for segments in texts]  # fmt: skip
-            self.latents += latents.unbind()
-
-    def __len__(self) -> int:
-        return len(self.segments)
-
-    def example(self, index: int) -> list[Segment]:
-        return self.segments[index]
+            images = iter(latents)
+            self += [[Segment(next(images) if text is None else text, output)
+                      for text, output in segments] for segments in texts]  # fmt: skip
 
 
 def words_of(texts: list[str]) -> set[str]:

@@ -9,14 +9,12 @@
 A run is a folder: run.json (what it runs with), log.jsonl, samples.png, and saves step-00000500/
 that appear when they are whole, the last two kept: checkpoints of the averaged weights, with a
 state.pt from which --resume goes on exactly. Data and noise depend on (seed, step) alone.
-Reading order: processes, optimisers, runs and their saves, validation, train(), the command line.
+Reading order: runs and their saves, validation, train(), the command line.
 """
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
-import datetime
 import hashlib
 import json
 import math
@@ -31,6 +29,7 @@ from pathlib import Path
 
 import checkpoint  # first: it answers Ctrl-C while PyTorch is imported
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -42,179 +41,15 @@ import data
 import lora
 from checkpoint import Checkpoint
 from data import Segment
+from optim import (Optimizers, choose_machine, for_all, gathered, join, keep_memory,
+                   learning_rate, make_optimizer, rank_and_world, shard, shard_like, trained,
+                   update_average)
 from orthus import DiffusionHead, OrthusConfig
 from sample import Generation, Pipeline, Request, generate, pick_device
 from shapes import Shapes, ShapesConfig, shapes_texts
 from stages import (BASE_ALONE, PRESETS, STAGES, WORLDS, Encoded, MicroBatch, Stage, TrainConfig,
                     asdict, words_of)
 from vae import VQVAEConfig
-
-
-# --- Processes: each holds its share of what is trained and takes its share of the micro-batches -
-
-
-def join() -> None:
-    """The processes that torchrun started, if it did. The first alone prints and writes."""
-    if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=datetime.timedelta(days=1))  # one may encode for hours
-        dist.barrier()  # an error of one must not look like another's lost connection
-        if rank_and_world()[0]:
-            sys.stdout = open(os.devnull, "w")
-
-
-def rank_and_world() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def shard(model: nn.Module, device: torch.device) -> None:
-    """FSDP: a layer is whole only while it computes; the rest longer, as heads follow forward."""
-    from torch.distributed.fsdp import fully_shard  # here: it takes a second to import
-
-    mesh = dist.init_device_mesh(device.type, (rank_and_world()[1],))
-    for part in (*model.layers, model):
-        fully_shard(part, mesh=mesh, reshard_after_forward=part is not model)
-
-
-def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of a whole tensor, or of this process's shard of it where `like` is sharded."""
-    if not hasattr(like, "full_tensor"):
-        return tensor.to(like.device, copy=True)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).clone()
-
-
-def gathered(value):
-    """A state with its sharded tensors whole again, in the first process's ordinary memory."""
-    if isinstance(value, dict):
-        return {k: gathered(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [gathered(v) for v in value]
-    if hasattr(value, "full_tensor"):
-        value = value.full_tensor()  # all processes have to take part
-        return None if rank_and_world()[0] else value.cpu()
-    return value
-
-
-def for_all(loss: Tensor, model: nn.Module) -> Tensor:
-    """FSDP averages gradients, where they are to add up, and wants all of them from all processes,
-    also where a micro-batch holds no image, or no text."""
-    rest = (p for p in model.parameters() if p.requires_grad and not hasattr(p, "full_tensor"))
-    return rank_and_world()[1] * loss + 0 * sum(p.sum() for p in rest)
-
-
-# --- Optimisers, schedule, average ---------------------------------------------------------------
-
-
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The Newton-Schulz iteration of Muon (kellerjordan.github.io/posts/muon): (rows, columns) ->
-    nearly the nearest matrix with orthonormal rows or columns, in the matrix's own dtype."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices (convolutions as (out, in * 9)) are orthogonalised, scaled to the
-    size of AdamW's steps. dtype: of the products; PyTorch's own always takes bf16, which a CPU
-    without bf16 units computes forty times slower."""
-
-    def __init__(self, parameters, lr: float, weight_decay: float, dtype: torch.dtype):
-        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay))
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                update = p.grad.lerp(momentum, 0.95).flatten(1)  # Nesterov's
-                scale = 0.2 * math.sqrt(max(update.shape))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                update = update.full_tensor() if hasattr(p, "full_tensor") else update
-                update = orthogonalise(update.to(self.dtype)).to(p.dtype).view_as(p)
-                p.add_(shard_like(update, p), alpha=-group["lr"] * scale)
-
-
-class Optimizers:
-    """Several optimizers as one."""
-
-    def __init__(self, parts: list[torch.optim.Optimizer]):
-        self.parts = parts
-
-    @property
-    def param_groups(self) -> list[dict]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-            part.zero_grad()
-
-    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Of one parameter; empty before its first step."""
-        return next((p.state[parameter] for p in self.parts if parameter in p.state), {})
-
-    def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            trained = [p for group in part.param_groups for p in group["params"]]
-            for i, moments in state["state"].items():  # Adam's count of steps is a scalar
-                moments |= {k: shard_like(m, trained[i]) for k, m in moments.items() if m.ndim}
-            part.load_state_dict(state)
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> Optimizers:
-    """AdamW over what requires a gradient; weight decay on the matrices of linear layers and
-    convolutions, not on embeddings, norms and biases. With "muon", the matrices between embeddings
-    and outputs are Muon's."""
-    ends = ("lm_head", "image_head.final_layer.linear", "encoder.conv_in", "decoder.conv_out")
-    matrices = {id(m.weight): n not in ends for n, m in model.named_modules()
-                if isinstance(m, (nn.Linear, nn.Conv2d))}  # fmt: skip
-    inner = {i for i, is_inner in matrices.items() if is_inner and config.optimizer == "muon"}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) in matrices.keys() - inner]},
-        {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
-    ]
-    options = dict(lr=config.lr, weight_decay=config.weight_decay)
-    parts = [torch.optim.AdamW(groups, betas=config.betas, fused=True, **options)]
-    if orthogonal := [p for p in trained if id(p) in inner]:
-        parts.append(Muon(orthogonal, dtype=dtype, **options))
-    return Optimizers(parts)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up over `warmup` of the steps, then a cosine to zero."""
-    warm = max(1, round(config.warmup * config.steps))
-    if step < warm:
-        return config.lr * (step + 1) / warm
-    progress = (step - warm) / max(1, config.steps - warm)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What has an average: what is frozen would only be there twice."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
-    """average <- decay average + (1 - decay) weights; the decay warms up from 0.1."""
-    decay = min(decay, (1 + step) / (10 + step))
-    weights = trained(model)
-    torch._foreach_lerp_([average[n] for n in weights], list(weights.values()), 1 - decay)
-
 
 # --- Runs and their saves ------------------------------------------------------------------------
 
@@ -347,15 +182,11 @@ class Validation:
         self.stage.model.load_state_dict(raw, strict=False)
         cells = [(a.images[0], f"{step}: {p[0].content}", "black")
                  for a, p in zip(answers, self.prompts, strict=True)]  # fmt: skip
-        rows = [data.sheet([cells], (96, 96))]
-        if path.is_file() and number:  # a resumed run may have drawn this row before
-            above = data.open_image(path)
-            rows.insert(0, above.crop((0, 0, above.width, number * rows[0].height)))
-        page = Image.new("RGB", (rows[-1].width, sum(row.height for row in rows)), "white")
-        for i, row in enumerate(rows):
-            page.paste(row, (0, sum(r.height for r in rows[:i])))
+        page = np.asarray(data.sheet([cells], (96, 96)))
+        if path.is_file():  # a resumed run may have drawn this row before
+            page = np.concatenate([np.asarray(data.open_image(path))[: number * len(page)], page])
         with checkpoint.whole_file(path) as file:
-            page.save(file, "PNG")
+            Image.fromarray(page).save(file, "PNG")
 
 
 # --- The loop ------------------------------------------------------------------------------------
@@ -367,31 +198,6 @@ def to(batch, device):
         parts = (getattr(batch, name).to(device) for name in ("tokens", "labels", "images"))
         return MicroBatch(*parts, batch.shares)
     return tuple(part.to(device) for part in batch)
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether a device computes bf16 products natively; elsewhere they are many times slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    natively = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and natively
-
-
-def dtype_name(config: TrainConfig, device: torch.device) -> str:
-    known = {True: "bfloat16", False: "float32"}
-    return config.dtype if config.dtype != "auto" else known[has_fast_bf16(device)]
-
-
-def choose_machine(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the products; one line says which and why."""
-    device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    native, name = has_fast_bf16(device), dtype_name(config, device)
-    why = f"bf16 is {'' if native else 'not '}native here" if config.dtype == "auto" else "as asked"
-    tqdm.write(f"device {device}, {name} products ({why}), optimizer {config.optimizer}, "
-               f"{torch.get_num_threads()} CPU threads")
-    return device, getattr(torch, name)
 
 
 def noise_seed(seed: int, step: int, number: int) -> int:
@@ -555,14 +361,6 @@ class Log:
 # --- Command line --------------------------------------------------------------------------------
 
 
-def keep_memory() -> None:
-    """Tell glibc to keep freed memory: page faults cost up to half of a CPU training step."""
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # mmap max, trim, top pad
-            libc.mallopt(option, value)
-
-
 class Schedule:
     """Shapes worlds one after the other: worlds [[share of the steps, fields of ShapesConfig]]."""
 
@@ -576,8 +374,6 @@ class Schedule:
 
     def texts(self) -> list[str]:
         return [text for world in self.worlds for text in shapes_texts(world.config)]
-
-
 
 
 def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConfig, list, str]:
