@@ -488,9 +488,12 @@ def known_traces():
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_field_shows_in_what_a_run_leaves(road, tmp_path, known_traces, name):
+def test_every_field_shows_in_what_a_run_leaves(road, tmp_path, known_traces, monkeypatch, name):
     stage, value, more = FIELDS[name]
-    key = stage, str(more)
+    validates = name == "validate_every"
+    key = stage, str(more), validates
+    if not validates:  # half of the time
+        monkeypatch.setattr(train.Validation, "losses", lambda *a: {})
     if key not in known_traces:
         known_traces[key] = traces(run_stage(stage, tmp_path / "plain", road[stage], **more))
     other = run_stage(stage, tmp_path / "other", road[stage], **(more | {name: value}))
@@ -928,25 +931,25 @@ def test_own_data_take_every_stage_and_are_known_to_a_resumed_run(cli, road, fol
     init = None
     for name in train.STAGES:
         run = tmp_path / name
-        assert cli(*own(name, run, init, folder))[0] == 0
+        assert cli(*own(name, run, init, folder, "--steps", 1))[0] == 0
         init = run
     assert cli("posttrain", "--dry-run", "--preset", "nano", "--init", run, "--data", folder)[0] == 0
     config = checkpoint.open_checkpoint(run).config
     assert config["data"]["files"] == str(folder) and "pale" in config["generation"]["words"]
-    assert cli("posttrain", "--out", run, "--resume", "--steps", 7)[0] == 0
-    assert lines(run)[-1]["step"] == 7
+    assert cli("posttrain", "--out", run, "--resume", "--steps", 2)[0] == 0
+    assert lines(run)[-1]["step"] == 2
     assert json.loads((run / "run.json").read_text())["config"]["data"] == str(folder)
     (folder / "3.txt").write_text("another disc")  # what was encoded ahead is no longer it
     (old,) = (run / "encoded").glob("what.json")
     before = old.read_text()
-    assert cli("posttrain", "--out", run, "--resume", "--steps", 8)[0] == 0
+    assert cli("posttrain", "--out", run, "--resume", "--steps", 3)[0] == 0
     assert old.read_text() != before
 
 
 def test_own_data_are_what_is_learned_from(cli, road, folder, tmp_path):
     losses = []
     for run in (tmp_path / "a", tmp_path / "b"):
-        assert cli(*own("decoder", run, road["decoder"], folder))[0] == 0
+        assert cli(*own("decoder", run, road["decoder"], folder, "--steps", 1))[0] == 0
         losses.append(lines(run)[0]["loss"])
         for picture in folder.glob("*.png"):
             Image.new("RGB", (32, 32)).save(picture)
