@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import socket
 import sys
 import time
@@ -21,7 +20,9 @@ import vae
 
 STEPS = dict(FAST, steps=5, micro_batches=4, log_every=1, save_every=2, validate_every=3,
              seed=5, lr=2e-3, grad_clip=0.5, ema=0.5)  # fmt: skip
+ENDLESS = 400  # steps
 STAGES = {"chameleon": "adamw", "base": "adamw", "posttrain": "muon"}  # with their optimisers
+MORE = {"base": {"validate_every": 5}}  # the other head's five ranges of noise are posttrain's too
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -75,13 +76,31 @@ def codes(children: list) -> list[int]:
     return [child.exitcode for child in children]
 
 
+def wait_for(path, children: list) -> None:
+    limit = time.time() + 600
+    while not path.exists() and all(c.is_alive() for c in children) and time.time() < limit:
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def runs(road, tmp_path_factory):
-    """The transformer's stages by one process, and by two."""
+    """The transformer's stages by one process, and by two. The two go on with a run, "stopped",
+    until the second is asked to end, and with another, "killed", until both are killed."""
     roots = [tmp_path_factory.mktemp("runs") for _ in range(2)]
-    for count, root in enumerate(roots, 1):
-        commands = [flags(name, root / name, road[name], optimizer=o) for name, o in STAGES.items()]
-        assert codes(start(count, *commands)) == [0] * count
+    alone, both = ([flags(name, root / name, road[name], optimizer=o, **MORE.get(name, {}))
+                    for name, o in STAGES.items()] for root in roots)  # fmt: skip
+    assert codes(start(1, *alone)) == [0]
+    two, init = roots[1], road["posttrain"]
+    both += [flags("posttrain", two / "stopped", init, steps=ENDLESS),
+             flags("posttrain", two / "killed", init, optimizer="muon")]  # fmt: skip
+    children = start(2, *both, slow=0.05)
+    wait_for(two / "stopped" / "step-00000002", children)
+    children[1].terminate()
+    wait_for(two / "killed" / "step-00000002", children)  # so both ended the one before well
+    time.sleep(random.Random(time.time_ns()).uniform(0, 0.15))
+    for child in children:
+        child.kill()
+    codes(children)
     return roots
 
 
@@ -111,20 +130,8 @@ def test_two_processes_are_one(runs, name):
     sample.load(two)
 
 
-def wait_for(path) -> None:
-    limit = time.time() + 60
-    while not path.exists() and time.time() < limit:
-        time.sleep(0.01)
-
-
-def test_a_killed_run_goes_on_with_one_process_or_as_many(road, runs, tmp_path):
-    run, whole = tmp_path / "run", runs[1] / "posttrain"
-    children = start(2, flags("posttrain", run, road["posttrain"], optimizer="muon"), slow=0.05)
-    wait_for(run / "step-00000002")
-    time.sleep(random.Random(time.time_ns()).uniform(0, 0.15))
-    for child in children:
-        os.kill(child.pid, signal.SIGKILL)
-    codes(children)
+def test_a_killed_run_goes_on_with_one_process_or_as_many(runs, tmp_path):
+    run, whole = runs[1] / "killed", runs[1] / "posttrain"
     for count in (1, 2):
         again = tmp_path / str(count)
         shutil.copytree(run, again)
@@ -136,12 +143,11 @@ def test_a_killed_run_goes_on_with_one_process_or_as_many(road, runs, tmp_path):
     assert same(state(whole), state(tmp_path / "2"))
 
 
-def test_sigterm_to_one_process_ends_all_well_at_one_step(road, tmp_path):
-    children = start(2, flags("posttrain", tmp_path, road["posttrain"], steps=400))
-    wait_for(tmp_path / "step-00000002")
-    os.kill(children[1].pid, signal.SIGTERM)
-    assert codes(children) == [0, 0]
-    assert train.newest_save(tmp_path).name == f"step-{lines(tmp_path)[-1]['step']:08d}"
+def test_sigterm_to_one_process_ends_all_well_at_one_step(runs):
+    run = runs[1] / "stopped"
+    step = lines(run)[-1]["step"]
+    assert train.newest_save(run).name == f"step-{step:08d}" and step < ENDLESS
+    assert (runs[1] / "killed" / "run.json").is_file()  # all went on to the next run
 
 
 WRONG = {"vae": "leave out torchrun", "posttrain --compile": "leave out torchrun",

@@ -1,5 +1,6 @@
 """experiments.py: arms run once and are measured on the same examples; verdicts follow intervals."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from test_train import small_presets  # noqa: F401: a fixture of this module too
 
 import evaluate
 import experiments
+import stages
 import train
 
 QUICK = "--steps 2 --batch-size 4 --workers 0 --pictures-every 0 --quantise-from 0"
@@ -63,10 +65,10 @@ def test_a_verdict_is_never_stronger_than_its_interval():
 def test_every_arm_is_a_list_of_commands_that_parse():
     own = [arm for arm in experiments.ARMS.values() if isinstance(arm, list)]
     assert all(arm in own or arm in experiments.ARMS for arm in experiments.ARMS.values())
-    for stages in [experiments.START, *own]:
-        for line in stages:
-            name, _, own = line.partition(" ")
-            train.parse([name, "--out", "x", *experiments.FLAGS.get(name, "").split(), *own.split()])
+    for arm in [experiments.START, *own]:
+        for line in arm:
+            name, _, fields = line.partition(" ")
+            train.parse([name, "--out", "x", *experiments.FLAGS.get(name, "").split(), *fields.split()])
     for e in experiments.EXPERIMENTS.values():
         assert {e.arm, *(other for other, _ in e.others)} <= experiments.ARMS.keys()
 
@@ -76,6 +78,8 @@ def test_arms_run_once_and_the_page_is_written_from_what_was_kept(
 ):
     for name in train.STAGES:
         monkeypatch.setitem(experiments.FLAGS, name, QUICK)
+    brief = dataclasses.replace(stages.GENERATION, steps=2, max_tokens=40)
+    monkeypatch.setattr(stages, "GENERATION", brief)  # hardly trained, it answers without end
     monkeypatch.setattr(experiments, "HERE", tmp_path)
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "experiments" / "results.json")

@@ -24,8 +24,8 @@ from vae import VQVAE, VQVAEConfig
 
 NARROW = SMALL | dict(num_hidden_layers=1)
 NARROW_VAE = dict(base_channels=4, num_res_blocks=1, groups=4)
-MIDDLE = dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6,
-              num_key_value_heads=6, head_width=512)  # fmt: skip
+MIDDLE = dict(hidden_size=256, intermediate_size=640, num_hidden_layers=2, num_attention_heads=4,
+              num_key_value_heads=4, head_width=384)  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,6 +34,7 @@ def small_presets():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(orthus.PRESETS, "nano", orthus.PRESETS["nano"] | SMALL)
         patch.setitem(vae.PRESETS, "nano", vae.PRESETS["nano"] | SMALL_VAE)
+        patch.setitem(orthus.PRESETS, "tiny", orthus.PRESETS["tiny"] | dict(num_hidden_layers=2))
         patch.setitem(orthus.PRESETS, "7b", NARROW)
         patch.setitem(vae.PRESETS, "7b", NARROW_VAE)
         patch.setattr(os, "fsync", lambda file: None)
@@ -320,7 +321,8 @@ def measured(name: str, config: train.TrainConfig, init) -> dict:
 
 
 CASES = {
-    "vae nano": {}, "chameleon nano": {}, "posttrain tiny": dict(batch_size=2),
+    "vae nano": dict(optimizer="adamw"), "chameleon nano": dict(optimizer="adamw"),
+    "posttrain tiny": dict(batch_size=2),
     "posttrain middle": dict(lora_rank=8, micro_batches=2, dtype="bfloat16", batch_size=4),
     "base middle": dict(checkpoint_activations=True, micro_batches=2, dtype="bfloat16",
                         batch_size=4),
