@@ -207,7 +207,7 @@ def test_wilson_interval():
 
 
 def table(*rows):
-    return evaluate.tally([evaluate.Verdict(row, BLACK, "", right) for row, right in rows])
+    return evaluate.tally([evaluate.Verdict(row, [BLACK], "", right) for row, right in rows])
 
 
 def test_rows_of_the_table_add_up_without_the_unseen():
@@ -221,8 +221,8 @@ def test_rows_of_the_table_add_up_without_the_unseen():
 
 def test_measures_of_pope():
     pairs = [("yes", "yes")] * 3 + [("yes", "no")] + [("no", "no")] * 4 + [("no", "yes")] * 2
-    verdicts = [evaluate.Verdict("exists", BLACK, "", a == b, a, b) for a, b in pairs]
-    verdicts.append(evaluate.Verdict("count", BLACK, "", True, "two", "two"))
+    verdicts = [evaluate.Verdict("exists", [BLACK], "", a == b, a, b) for a, b in pairs]
+    verdicts.append(evaluate.Verdict("count", [BLACK], "", True, "two", "two"))
     rates = {name: row["rate"] for name, row in evaluate.pope(verdicts).items()}
     assert rates == {"accuracy": 0.7, "precision": 0.75, "recall": 0.6, "yes-rate": 0.4}
 
