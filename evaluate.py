@@ -15,10 +15,7 @@ import functools
 import math
 import random
 import re
-import subprocess
-import sys
-import tempfile
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,14 +25,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import benchmarks
 import checkpoint
 import shapes
 from data import Segment, sheet, to_image, to_tensor
-from orthus import DiffusionHead, KVCache, Orthus, OrthusConfig
+from orthus import DiffusionHead, KVCache, guide
 from sample import Answer, Options, Pipeline, Request, generate, load, pick_device
 from shapes import Example, Shapes, ShapesConfig, Thing
 from vae import VQVAE
@@ -510,118 +506,69 @@ def report(directory: str | Path, folder: Path, count: int = 300) -> str:
 
 
 def naive_sample(head: DiffusionHead, hidden: Tensor, weights, steps: int, noise: Tensor) -> Tensor:
-    """DiffusionHead.sample without its shortcut: the whole head in every step."""
-    x, (batch, contexts, _) = noise, hidden.shape
-    weights = torch.tensor(weights, device=x.device)[:, None]  # (G, 1)
+    """DiffusionHead.sample for one latent without its shortcut: the whole head in every step."""
+    x, contexts = noise, hidden[0]  # (1, C), (G, D)
     for t, a, b in head.schedule.ddim(steps):
-        rows = x.repeat_interleave(contexts, 0)  # (B G, C)
-        output = head(rows, torch.full((len(rows),), t, device=x.device), hidden.flatten(0, 1))
-        x = a * x + b * (output.unflatten(0, (batch, contexts)) * weights).sum(1)
+        times = torch.full((len(contexts),), t, device=x.device)
+        output = head(x.expand(len(contexts), -1), times, contexts)  # (G, C)
+        x = a * x + b * guide(output[None], weights)
     return x / head.latent_scale
 
 
-def reread(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
-    """Hidden states (L, D) of an image after tokens (1, T), all read again for each latent."""
-    mark = torch.full_like(tokens[:, :1], model.config.image_id)
-    rows = (torch.cat([tokens, mark.expand(1, n + 1)], 1) for n in range(len(latents)))
-    return torch.stack([model(row, latents[: n + 1])[0, -1] for n, row in enumerate(rows)])
-
-
-def read_once(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
-    """The same with a cache, as sampling does it."""
-    length, weight = tokens.shape[1] + len(latents), model.norm.weight
-    cache = KVCache(model.config, 1, length, weight.device, weight.dtype)
-    model(tokens, latents[:0], cache)
-    embedded = model.vision_embedding(latents).to(weight.dtype)  # (L, D)
-    return torch.cat([model.step(x[None], cache) for x in embedded])
-
-
-class Operators(TorchDispatchMode):
-    """Counts dispatched operators that are not views."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
-
-
-def operators(device) -> tuple[int, int]:
-    """Operators of one latent: 100 guided DDIM steps of the head, and a step of 8 layers."""
-    sizes = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, head_width=1536)
-    model = Orthus(OrthusConfig.preset("tiny", **sizes)).to(device)
-    cache, x = KVCache(model.config, 2, 20, device), torch.randn(2, 512, device=device)
-    hidden, weights = model.step(x, cache), torch.tensor((3.0, -2.0), device=device)
-    noise = torch.randn(1, model.config.latent_channels, device=device)
-    prepared = model.image_head.prepare(100)
-    with Operators() as head:
-        model.image_head.sample(hidden[None], weights, 100, noise, prepared=prepared)
-    with Operators() as backbone:
-        model.step(x, cache)
-    return head.count, backbone.count
-
-
-def seconds(run: Callable) -> float:
-    started = time.perf_counter()
-    run()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
-
-
-def start_up(directory: str) -> tuple[float, float]:
-    """Seconds of a bare import of PyTorch, and from process start to a picture."""
-    drawing = [str(Path(__file__).parent / "sample.py"), "--prompt", "a red circle"]
-    with tempfile.TemporaryDirectory() as folder:
-        commands = ["-c", "import torch"], [*drawing, "--checkpoint", directory, "--output", folder]
-        run = functools.partial(subprocess.run, check=True, capture_output=True)
-        bare, whole = (seconds(lambda c=c: run([sys.executable, *c])) for c in commands)
-    return bare, whole
-
-
-@torch.inference_mode()
-def speed(args: argparse.Namespace) -> None:
-    """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
-    device = pick_device(args.device)
-    pipeline = load(args.checkpoint, device)
+def paths(pipeline: Pipeline) -> dict[str, tuple[Callable, Callable]]:
+    """By name: a slow reference and the fast path that gives the same tensor."""
     model, config, head = pipeline.model, pipeline.model.config, pipeline.model.image_head
-    if not isinstance(head, DiffusionHead):
-        raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
-    length, channels = config.latents_per_image, config.latent_channels
+    length, channels, weight = config.latents_per_image, config.latent_channels, model.norm.weight
     rng = torch.Generator().manual_seed(0)
     sizes = (1, 2, config.hidden_size), (1, channels), (length, channels)
-    hidden, noise, latents = (torch.randn(size, generator=rng).to(device) for size in sizes)
-    hidden = hidden.to(model.norm.weight.dtype)
-    tokens = torch.tensor([[config.bos_id, config.sep_id, config.boi_id]], device=device)
+    hidden, noise, latents = (torch.randn(s, generator=rng).to(weight.device) for s in sizes)
+    hidden, guidance = hidden.to(weight.dtype), (3.0, -2.0)
+    prompt = [config.bos_id, config.sep_id, config.boi_id]
+    tokens = [prompt + [config.image_id] * length]
+    tokens = torch.tensor(tokens, device=weight.device)  # (1, 3 + L)
     requests = [Request([Segment("a red circle")], seed) for seed in range(16)]
+
+    def reread() -> Tensor:
+        """Hidden states (L, D) of an image, all before a latent read again for each."""
+        ends = range(1, length + 1)
+        return torch.cat([model(tokens[:, : 3 + n], latents[:n])[:, -1] for n in ends])
+
+    def read_once() -> Tensor:
+        """The same with a cache, as sampling does it."""
+        cache = KVCache(config, 1, 3 + length, weight.device, weight.dtype)
+        model(tokens[:, :3], latents[:0], cache)
+        embedded = model.vision_embedding(latents).to(weight.dtype)  # (L, D)
+        return torch.cat([model.step(x[None], cache) for x in embedded])
 
     def pictures(batch_size: int) -> Tensor:
         answers = generate(pipeline, requests, batch_size=batch_size, progress=False)
         size = pipeline.vae.config.resolution
         return torch.stack([to_tensor(a.images[0], size) for a in answers])
 
-    rows = {
+    return {
         "100 DDIM steps, modulations ahead of the loop": (
-            lambda: naive_sample(head, hidden, (3.0, -2.0), 100, noise),
-            lambda: head.sample(hidden, (3.0, -2.0), 100, noise),
+            lambda: naive_sample(head, hidden, guidance, 100, noise),
+            lambda: head.sample(hidden, guidance, 100, noise),
         ),
-        f"{length} latents with the cache": (
-            lambda: reread(model, tokens, latents), lambda: read_once(model, tokens, latents),
-        ),
+        f"{length} latents with the cache": (reread, read_once),
         "16 pictures, 4 in a batch": (lambda: pictures(1), lambda: pictures(4)),
         "16 pictures, 16 in a batch": (lambda: pictures(1), lambda: pictures(16)),
     }
+
+
+@torch.inference_mode()
+def speed(args: argparse.Namespace) -> None:
+    """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
+    pipeline = load(args.checkpoint, pick_device(args.device))
+    if not isinstance(pipeline.model.image_head, DiffusionHead):
+        raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
+    seconds = lambda run: timeit.timeit(lambda: run().cpu(), number=1)  # .cpu() waits for the GPU
     print(f"{'':48}{'slow s':>9}{'fast s':>9}{'ratio':>8}{'difference':>12}")
-    for name, (slow, fast) in rows.items():
+    for name, (slow, fast) in paths(pipeline).items():
         times = [(seconds(slow), seconds(fast)) for _ in range(args.rounds)]
         a, b = map(min, zip(*times, strict=True))
         gap = (slow() - fast()).abs().max().item()
         print(f"{name:48}{a:9.4f}{b:9.4f}{a / b:8.2f}{gap:12.1e}")
-    bare, whole = min(start_up(args.checkpoint) for _ in range(args.rounds))
-    ratio = whole / bare
-    print(f"{'import torch, and process start to a picture':48}{bare:9.2f}{whole:9.2f}{ratio:8.2f}")
-    a, b = operators(device)
-    print(f"{'operators of a latent, width 512: head, 8 layers':48}{a:9}{b:9}")
 
 
 # --- Command line --------------------------------------------------------------------------------
