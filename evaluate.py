@@ -31,7 +31,7 @@ import benchmarks
 import checkpoint
 import shapes
 from data import Segment, sheet, to_image, to_tensor
-from orthus import DiffusionHead, KVCache, guide
+from orthus import DiffusionHead, guide
 from sample import Answer, Options, Pipeline, Request, generate, load, pick_device
 from shapes import Example, Shapes, ShapesConfig, Thing
 from vae import VQVAE
@@ -515,56 +515,36 @@ def naive_sample(head: DiffusionHead, hidden: Tensor, weights, steps: int, noise
     return x / head.latent_scale
 
 
-def paths(pipeline: Pipeline) -> dict[str, tuple[Callable, Callable]]:
-    """By name: a slow reference and the fast path that gives the same tensor."""
-    model, config, head = pipeline.model, pipeline.model.config, pipeline.model.image_head
-    length, channels, weight = config.latents_per_image, config.latent_channels, model.norm.weight
-    rng = torch.Generator().manual_seed(0)
-    sizes = (1, 2, config.hidden_size), (1, channels), (length, channels)
-    hidden, noise, latents = (torch.randn(s, generator=rng).to(weight.device) for s in sizes)
-    hidden, guidance = hidden.to(weight.dtype), (3.0, -2.0)
-    prompt = [config.bos_id, config.sep_id, config.boi_id]
-    tokens = [prompt + [config.image_id] * length]
-    tokens = torch.tensor(tokens, device=weight.device)  # (1, 3 + L)
+@torch.inference_mode()
+def speed(args: argparse.Namespace) -> None:
+    """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
+    pipeline = load(args.checkpoint, pick_device(args.device))
+    config, head = pipeline.model.config, pipeline.model.image_head
+    if not isinstance(head, DiffusionHead):
+        raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
+    weight, rng = head.input_proj.weight, torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 2, config.hidden_size, generator=rng).to(weight)
+    noise = torch.randn(1, config.latent_channels, generator=rng).to(weight.device)
     requests = [Request([Segment("a red circle")], seed) for seed in range(16)]
-
-    def reread() -> Tensor:
-        """Hidden states (L, D) of an image, all before a latent read again for each."""
-        ends = range(1, length + 1)
-        return torch.cat([model(tokens[:, : 3 + n], latents[:n])[:, -1] for n in ends])
-
-    def read_once() -> Tensor:
-        """The same with a cache, as sampling does it."""
-        cache = KVCache(config, 1, 3 + length, weight.device, weight.dtype)
-        model(tokens[:, :3], latents[:0], cache)
-        embedded = model.vision_embedding(latents).to(weight.dtype)  # (L, D)
-        return torch.cat([model.step(x[None], cache) for x in embedded])
 
     def pictures(batch_size: int) -> Tensor:
         answers = generate(pipeline, requests, batch_size=batch_size, progress=False)
         size = pipeline.vae.config.resolution
         return torch.stack([to_tensor(a.images[0], size) for a in answers])
 
-    return {
+    def seconds(run: Callable[[], Tensor]) -> float:
+        return timeit.timeit(lambda: run().cpu(), number=1)  # .cpu() waits for an accelerator
+
+    rows = {
         "100 DDIM steps, modulations ahead of the loop": (
-            lambda: naive_sample(head, hidden, guidance, 100, noise),
-            lambda: head.sample(hidden, guidance, 100, noise),
+            lambda: naive_sample(head, hidden, (3.0, -2.0), 100, noise),
+            lambda: head.sample(hidden, (3.0, -2.0), 100, noise),
         ),
-        f"{length} latents with the cache": (reread, read_once),
         "16 pictures, 4 in a batch": (lambda: pictures(1), lambda: pictures(4)),
         "16 pictures, 16 in a batch": (lambda: pictures(1), lambda: pictures(16)),
     }
-
-
-@torch.inference_mode()
-def speed(args: argparse.Namespace) -> None:
-    """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
-    pipeline = load(args.checkpoint, pick_device(args.device))
-    if not isinstance(pipeline.model.image_head, DiffusionHead):
-        raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
-    seconds = lambda run: timeit.timeit(lambda: run().cpu(), number=1)  # .cpu() waits for the GPU
     print(f"{'':48}{'slow s':>9}{'fast s':>9}{'ratio':>8}{'difference':>12}")
-    for name, (slow, fast) in paths(pipeline).items():
+    for name, (slow, fast) in rows.items():
         times = [(seconds(slow), seconds(fast)) for _ in range(args.rounds)]
         a, b = map(min, zip(*times, strict=True))
         gap = (slow() - fast()).abs().max().item()

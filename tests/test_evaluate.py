@@ -436,7 +436,7 @@ def test_speed_prints_ratios_and_fast_paths_change_nothing(run_main, monkeypatch
     flags = ["--rounds", 1, "--device", "cpu", "--checkpoint", tiny]
     code, out, _ = run_main(evaluate, "speed", *flags)
     rows = out.splitlines()
-    assert code == 0 and len(rows) == 5
+    assert code == 0 and len(rows) == 4
     assert all(float(row.split()[-1]) < 1e-3 for row in rows[1:])
 
 
