@@ -591,7 +591,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "examples and of sampling; repeat it for a mean and a range (default: 1000)")
     for name, count in COUNTS.items():
         add("--" + name.replace("_", "-"), type=number(int, 0, 10**5), default=count, metavar="N",
-            help=f"so many of them; 0 leaves them out (default: {count})")
+            help=f"held-out examples to answer; 0 leaves them out (default: {count})")
     add("--batch-size", type=number(int, 1, 4096), default=64, metavar="N",
         help="requests answered at a time (default: 64)")
     checkpoint.add_flags(quality, Options, ("steps", "cfg_scale", "cfg_image"))
