@@ -9,7 +9,7 @@
     python evaluate.py bench hpsv2 anime.json concept-art.json paintings.json photo.json --out DIR
 
 Figures have the units of the official scorers; a rule that looks odd is theirs. Reading order: a
-reader and a scorer for each benchmark, pictures, answers, command line.
+reader and a scorer for each benchmark, the model, pictures, answers, command line.
 """
 
 import argparse
@@ -17,15 +17,15 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 import checkpoint
-from data import Segment, read_prompt
-from sample import Request, generate, load, pick_device
+from data import read_prompt
+from sample import Answer, Request, generate, load, pick_device
 
 Figures = dict[str, dict[str, float]]  # rows of a table
 
@@ -39,22 +39,14 @@ class Question:
     answer: str | None = None
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise ValueError(f"{path} cannot be read ({reason}); give the published file") from None
-
-
 def read_lines(path: Path) -> list[tuple[str, object]]:
     """A jsonl file -> where each object stands, for complaints, and the object."""
-    lines = [(f"{path} line {n}", line) for n, line in enumerate(read_text(path).split("\n"), 1)]
+    lines = [(f"{path} line {n}", line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1)]
     return [(at, checkpoint.parse_json(line, at)) for at, line in lines if line.strip()]
 
 
 def read_json(path: Path, kind: type = dict):
-    item = checkpoint.parse_json(read_text(path), path)
+    item = checkpoint.parse_json(path.read_bytes(), path)
     if not isinstance(item, kind):
         raise ValueError(f"{path} is {item!r:.40}, not a {kind.__name__}; give the published file")
     return item
@@ -132,7 +124,8 @@ def read_mme(paths: list[Path]) -> list[Question]:
     """The files of Your_Results, one a category: image, question, answer, perhaps a response."""
     questions = []
     for path in paths:
-        rows = [line.split("\t") for line in read_text(path).split("\n") if line.strip()]
+        lines = path.read_text("utf-8-sig", "replace").split("\n")
+        rows = [line.split("\t") for line in lines if line.strip()]
         bad = [row for row in rows
                if len(row) not in (3, 4) or row[2].strip().lower() not in ("yes", "no")]
         if bad or [row[0] for row in rows[::2]] != [row[0] for row in rows[1::2]]:
@@ -334,6 +327,20 @@ def score_mmmu(questions: list[Question]) -> Figures:
     return accuracies(questions, [mmmu_right(q.answer, *q.truth, rng) for q in questions])
 
 
+# --- The model -----------------------------------------------------------------------------------
+
+
+def ask(prompts: list[tuple[str, list[Path], int]], args, **options) -> Iterator[Answer]:
+    """Answers to texts with images and seeds, a batch at a time. Nothing asked: nothing loaded."""
+    pipeline = load(args.checkpoint, pick_device(args.device)) if prompts else None
+    with tqdm(total=len(prompts), unit="answer") as bar:
+        for first in range(0, len(prompts), args.batch_size):
+            part = prompts[first : first + args.batch_size]
+            requests = [Request(read_prompt(text, images), seed) for text, images, seed in part]
+            yield from generate(pipeline, requests, args.batch_size, progress=False, **options)
+            bar.update(len(part))
+
+
 # --- Pictures for GenEval and HPSv2 --------------------------------------------------------------
 
 HPSV2_STYLES = ["anime.json", "concept-art.json", "paintings.json", "photo.json"]
@@ -364,23 +371,16 @@ def hpsv2_layout(paths: list[Path]) -> tuple[dict[str, str], dict[str, str]]:
 
 def draw(pictures: dict[str, str], files: dict[str, str], args) -> None:
     """Draw what is not there yet, each picture with a seed of its own."""
-    seeds = {name: args.seed + n for n, name in enumerate(pictures)}
-    todo = [name for name in pictures if not (args.out / name).exists()]
     for name in (*pictures, *files):
         (args.out / name).parent.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (args.out / name).write_text(text)
-    pipeline = load(args.checkpoint, pick_device(args.device)) if todo else None
-    with tqdm(total=len(pictures), initial=len(pictures) - len(todo), unit="picture") as bar:
-        for first in range(0, len(todo), args.batch_size):
-            names = todo[first : first + args.batch_size]
-            requests = [Request([Segment(pictures[name])], seeds[name]) for name in names]
-            once = dict(min_images=1, max_images=1, progress=False)
-            answers = generate(pipeline, requests, args.batch_size, **once)
-            for name, answer in zip(names, answers, strict=True):
-                with checkpoint.whole_file(args.out / name) as file:
-                    answer.images[0].save(file, "JPEG" if name.endswith("jpg") else "PNG")
-            bar.update(len(names))
+    todo = {name: (prompt, [], args.seed + n) for n, (name, prompt) in enumerate(pictures.items())
+            if not (args.out / name).exists()}  # fmt: skip
+    answers = ask(list(todo.values()), args, min_images=1, max_images=1)
+    for name, answer in zip(todo, answers, strict=True):
+        with checkpoint.whole_file(args.out / name) as file:
+            answer.images[0].save(file, "JPEG" if name.endswith("jpg") else "PNG")
 
 
 # --- Answers -------------------------------------------------------------------------------------
@@ -409,19 +409,15 @@ def answer(questions: list[Question], args) -> None:
         if old != line:
             raise ValueError(f"{path} answers {old!r:.200}, not {line['question']!r} for "
                              f"{args.checkpoint}; give another --out")
-    pipeline = load(args.checkpoint, pick_device(args.device)) if len(done) < len(lines) else None
-    with open(path, "a") as file, tqdm(total=len(lines), initial=len(done), unit="answer") as bar:
-        for first in range(len(done), len(lines), args.batch_size):
-            part = slice(first, first + args.batch_size)
-            requests = [Request(read_prompt(line["question"], [image]))
-                        for line, image in zip(lines[part], images[part], strict=True)]  # fmt: skip
-            plain = dict(cfg_scale=1, cfg_image=1, max_images=0, progress=False)  # text alone
-            answers = generate(pipeline, requests, args.batch_size, **plain)
-            for line, said in zip(lines[part], answers, strict=True):
-                line["answer"] = said.text.strip()
-                file.write(json.dumps(line) + "\n")
+    todo = lines[len(done) :]
+    asked = [(line["question"], [image], 0) for line, image in zip(lines, images, strict=True)]
+    text_alone = {"cfg_scale": 1, "cfg_image": 1, "max_images": 0}
+    with open(path, "a") as file:
+        answers = ask(asked[len(done) :], args, **text_alone)
+        for line, said in zip(todo, answers, strict=True):
+            line["answer"] = said.text.strip()
+            file.write(json.dumps(line) + "\n")
             file.flush()
-            bar.update(len(requests))
     for question, line in zip(questions, lines, strict=True):
         question.answer = line["answer"]
 
@@ -450,12 +446,9 @@ DRAWN = {"geneval": geneval_layout, "hpsv2": hpsv2_layout}
 
 def add_parser(commands) -> argparse.ArgumentParser:
     """The command "bench", but for its --checkpoint and --device."""
-    parser = commands.add_parser(
-        "bench",
+    parser = commands.add_parser("bench", description=__doc__,
         help="public benchmarks, as their own scorers have it",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("name", choices=[*SCORED, *DRAWN])
     add("files", nargs="+", type=Path, metavar="FILE", help="the benchmark's own files")

@@ -1,10 +1,8 @@
 """Evaluation: how good a model of a Shapes world is.
 
-    python evaluate.py shapes       every task of its world on held-out examples: text-to-image by
-                                    kind of caption, understanding by kind of question, differences,
-                                    editing, in-context editing, stories, and the autoencoder that
-                                    bounds all
-    python evaluate.py speed        every fast path beside its slow reference, as ratios
+    python evaluate.py shapes       every task of its world on held-out examples, by kind, and the
+                                    autoencoder, which bounds all
+    python evaluate.py speed        fast paths beside their slow references, as ratios
     python evaluate.py bench        public benchmarks, see benchmarks.py
 
 Pictures are judged as GenEval does it: a detector reads the picture, and what it found is compared
@@ -17,10 +15,7 @@ import functools
 import math
 import random
 import re
-import subprocess
-import sys
-import tempfile
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,14 +27,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import benchmarks
 import shapes
 from data import Segment, sheet, to_image, to_tensor
-from orthus import DiffusionHead, KVCache, Orthus, OrthusConfig
-from sample import Answer, Pipeline, Request, generate, load, pick_device
+from orthus import DiffusionHead, guide
+from sample import Answer, Options, Pipeline, Request, generate, load, pick_device
 from shapes import Example, Shapes, ShapesConfig, Thing
 from vae import VQVAE
 
@@ -54,12 +48,8 @@ ALIKE = 0.75  # overlap below which a blob is none of the shapes; rendered ones 
 
 def dilate(mask: np.ndarray) -> np.ndarray:
     """(H, W) of booleans, and the four neighbours of every true pixel."""
-    out = mask.copy()
-    out[1:] |= mask[:-1]
-    out[:-1] |= mask[1:]
-    out[:, 1:] |= mask[:, :-1]
-    out[:, :-1] |= mask[:, 1:]
-    return out
+    wide = np.pad(mask, 1)
+    return mask | wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
 
 
 def flood(seed: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -280,10 +270,10 @@ BLACK = Image.new("RGB", (shapes.CANVAS, shapes.CANVAS))  # in place of a pictur
 
 @dataclass
 class Verdict:
-    """One answer: the picture drawn or asked about, what was made of it, right or not."""
+    """One answer: the pictures given and drawn, what was made of them, right or not."""
 
     row: str  # of the table
-    image: Image.Image
+    images: list[Image.Image]
     label: str
     right: bool
     said: str = ""  # the answer to a question
@@ -310,13 +300,6 @@ def held_out(config: ShapesConfig, task: str, seed: int, count: int, name: str) 
     return examples
 
 
-def side_by_side(images: list[Image.Image]) -> Image.Image:
-    page = Image.new("RGB", ((shapes.CANVAS + 2) * len(images) - 2, shapes.CANVAS), "white")
-    for i, image in enumerate(images):
-        page.paste(full_size(image), (i * (shapes.CANVAS + 2), 0))
-    return page
-
-
 def labelled(text: str, seen: list[Thing], right: bool) -> str:
     return text if right else f"{text}\nsaw " + (", ".join(t.name for t in seen) or "nothing")
 
@@ -328,9 +311,9 @@ def drawn(example: Example, answer: Answer) -> list[Verdict]:
     right = bool(answer.images) and judge(example, seen)
     given = [s.content for s in example.segments[:-1]]
     text = given.pop() if isinstance(given[-1], str) else ""
-    page, row = side_by_side([*given, image]), UNSEEN if example.unseen else example.kind
+    row, label = UNSEEN if example.unseen else example.kind, labelled(text, seen, right)
     elsewhere = kept(example, image, seen) if answer.images and example.before else None
-    return [Verdict(row, page, labelled(text, seen, right), right, kept=elsewhere)]
+    return [Verdict(row, [*given, image], label, right, kept=elsewhere)]
 
 
 def said(example: Example, answer: Answer) -> list[Verdict]:
@@ -338,8 +321,7 @@ def said(example: Example, answer: Answer) -> list[Verdict]:
     *images, question, expected = (s.content for s in example.segments)
     text = answer.text.strip()
     label = f"{question}\n" + (text if text == expected else f"not {expected}, but {text}")
-    page = side_by_side(images)
-    return [Verdict(example.kind, page, label, text == expected, text, expected)]
+    return [Verdict(example.kind, images, label, text == expected, text, expected)]
 
 
 def told(example: Example, answer: Answer) -> list[Verdict]:
@@ -353,9 +335,9 @@ def told(example: Example, answer: Answer) -> list[Verdict]:
             continue
         seen = detect(segment.content)
         right, same = judge_frame(sentence, before, seen), sorted(t.name for t in seen) == actors
-        image, label = full_size(segment.content), labelled(sentence.strip(), seen, right)
-        verdicts.append(Verdict("frame is as its sentence", image, label, right))
-        verdicts.append(Verdict("actors stay the same", image, label, same))
+        images, label = [segment.content], labelled(sentence.strip(), seen, right)
+        verdicts.append(Verdict("frame is as its sentence", images, label, right))
+        verdicts.append(Verdict("actors stay the same", images, label, same))
         before, sentence = seen, ""
     return verdicts[: 2 * (shapes.FRAMES - 1)]
 
@@ -470,26 +452,14 @@ def over_seeds(runs: list[dict]) -> str:
 
 def contact_sheet(verdicts: list[Verdict]) -> Image.Image:
     """The first pictures, enlarged, each with its label: green if right, red if wrong."""
-    width, height = verdicts[0].image.size
-    columns = 12 * shapes.CANVAS // width
-    inks = {True: (20, 120, 50), False: (200, 30, 30)}
-    cells = [(v.image, v.label, inks[v.right]) for v in verdicts[: 8 * columns]]
-    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    return sheet(rows, (3 * width, 3 * height))
+    inks, each = {True: (20, 120, 50), False: (200, 30, 30)}, 12 // len(verdicts[0].images)
+    rows = [verdicts[i : i + each] for i in range(0, min(len(verdicts), 8 * each), each)]
+    cells = [[(image, "" if i else v.label, inks[v.right])
+              for v in row for i, image in enumerate(v.images)] for row in rows]  # fmt: skip
+    return sheet(cells, (3 * shapes.CANVAS, 3 * shapes.CANVAS))
 
 
-FLAGS = {  # type, least, most, default, meaning; how many examples, then how they are answered
-    "prompts": (int, 0, 10**5, 500, "captions to draw; 0 leaves them out, as with all that follow"),
-    "questions": (int, 0, 10**5, 500, "questions, and 0.3 times as many about two pictures"),
-    "edits": (int, 0, 10**5, 300, "edits told in words"),
-    "in_context": (int, 0, 10**5, 300, "edits told by an example pair"),
-    "stories": (int, 0, 10**5, 100, "stories to continue, three frames each"),
-    "batch_size": (int, 1, 4096, 64, "requests answered at a time"),
-    "steps": (int, 1, 1000, None, "DDIM steps"),
-    "cfg_scale": (float, 0, 100, None, "guidance; 1 is none"),
-    "cfg_image": (float, 0, 100, None, "guidance towards a prompt's images"),
-}
-COUNTS = {name: flag[3] for name, flag in list(FLAGS.items())[:5]}
+COUNTS = {"prompts": 500, "questions": 500, "edits": 300, "in_context": 300, "stories": 100}
 
 
 def evaluate_shapes(directory: str | Path, seed: int = 1000, counts: dict[str, int] = COUNTS,
@@ -537,89 +507,25 @@ def report(directory: str | Path, folder: Path, count: int = 300) -> str:
 
 
 def naive_sample(head: DiffusionHead, hidden: Tensor, weights, steps: int, noise: Tensor) -> Tensor:
-    """DiffusionHead.sample without its shortcut: the whole head in every step."""
-    x, (batch, contexts, _) = noise, hidden.shape
-    weights = torch.tensor(weights, device=x.device)[:, None]  # (G, 1)
+    """DiffusionHead.sample for one latent without its shortcut: the whole head in every step."""
+    x, contexts = noise, hidden[0]  # (1, C), (G, D)
     for t, a, b in head.schedule.ddim(steps):
-        rows = x.repeat_interleave(contexts, 0)  # (B G, C)
-        output = head(rows, torch.full((len(rows),), t, device=x.device), hidden.flatten(0, 1))
-        x = a * x + b * (output.unflatten(0, (batch, contexts)) * weights).sum(1)
+        times = torch.full((len(contexts),), t, device=x.device)
+        output = head(x.expand(len(contexts), -1), times, contexts)  # (G, C)
+        x = a * x + b * guide(output[None], weights)
     return x / head.latent_scale
-
-
-def reread(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
-    """Hidden states (L, D) of an image after tokens (1, T), all read again for each latent."""
-    mark = torch.full_like(tokens[:, :1], model.config.image_id)
-    rows = (torch.cat([tokens, mark.expand(1, n + 1)], 1) for n in range(len(latents)))
-    return torch.stack([model(row, latents[: n + 1])[0, -1] for n, row in enumerate(rows)])
-
-
-def read_once(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
-    """The same with a cache, as sampling does it."""
-    length, weight = tokens.shape[1] + len(latents), model.norm.weight
-    cache = KVCache(model.config, 1, length, weight.device, weight.dtype)
-    model(tokens, latents[:0], cache)
-    embedded = model.vision_embedding(latents).to(weight.dtype)  # (L, D)
-    return torch.cat([model.step(x[None], cache) for x in embedded])
-
-
-class Operators(TorchDispatchMode):
-    """Counts dispatched operators that are not views."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
-
-
-def operators(device) -> tuple[int, int]:
-    """Operators of one latent: 100 guided DDIM steps of the head, and a step of 8 layers."""
-    sizes = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, head_width=1536)
-    model = Orthus(OrthusConfig.preset("tiny", **sizes)).to(device)
-    cache, x = KVCache(model.config, 2, 20, device), torch.randn(2, 512, device=device)
-    hidden, weights = model.step(x, cache), torch.tensor((3.0, -2.0), device=device)
-    noise = torch.randn(1, model.config.latent_channels, device=device)
-    prepared = model.image_head.prepare(100)
-    with Operators() as head:
-        model.image_head.sample(hidden[None], weights, 100, noise, prepared=prepared)
-    with Operators() as backbone:
-        model.step(x, cache)
-    return head.count, backbone.count
-
-
-def seconds(run: Callable) -> float:
-    started = time.perf_counter()
-    run()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
-
-
-def start_up(directory: str) -> tuple[float, float]:
-    """Seconds of a bare import of PyTorch, and from process start to a picture."""
-    drawing = [str(Path(__file__).parent / "sample.py"), "--prompt", "a red circle"]
-    with tempfile.TemporaryDirectory() as folder:
-        commands = ["-c", "import torch"], [*drawing, "--checkpoint", directory, "--output", folder]
-        run = functools.partial(subprocess.run, check=True, capture_output=True)
-        bare, whole = (seconds(lambda c=c: run([sys.executable, *c])) for c in commands)
-    return bare, whole
 
 
 @torch.inference_mode()
 def speed(args: argparse.Namespace) -> None:
     """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
-    device = pick_device(args.device)
-    pipeline = load(args.checkpoint, device)
-    model, config, head = pipeline.model, pipeline.model.config, pipeline.model.image_head
+    pipeline = load(args.checkpoint, pick_device(args.device))
+    config, head = pipeline.model.config, pipeline.model.image_head
     if not isinstance(head, DiffusionHead):
         raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
-    length, channels = config.latents_per_image, config.latent_channels
-    rng = torch.Generator().manual_seed(0)
-    sizes = (1, 2, config.hidden_size), (1, channels), (length, channels)
-    hidden, noise, latents = (torch.randn(size, generator=rng).to(device) for size in sizes)
-    hidden = hidden.to(model.norm.weight.dtype)
-    tokens = torch.tensor([[config.bos_id, config.sep_id, config.boi_id]], device=device)
+    weight, rng = head.input_proj.weight, torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 2, config.hidden_size, generator=rng).to(weight)
+    noise = torch.randn(1, config.latent_channels, generator=rng).to(weight.device)
     requests = [Request([Segment("a red circle")], seed) for seed in range(16)]
 
     def pictures(batch_size: int) -> Tensor:
@@ -627,13 +533,13 @@ def speed(args: argparse.Namespace) -> None:
         size = pipeline.vae.config.resolution
         return torch.stack([to_tensor(a.images[0], size) for a in answers])
 
+    def seconds(run: Callable[[], Tensor]) -> float:
+        return timeit.timeit(lambda: run().cpu(), number=1)  # .cpu() waits for an accelerator
+
     rows = {
         "100 DDIM steps, modulations ahead of the loop": (
             lambda: naive_sample(head, hidden, (3.0, -2.0), 100, noise),
             lambda: head.sample(hidden, (3.0, -2.0), 100, noise),
-        ),
-        f"{length} latents with the cache": (
-            lambda: reread(model, tokens, latents), lambda: read_once(model, tokens, latents),
         ),
         "16 pictures, 4 in a batch": (lambda: pictures(1), lambda: pictures(4)),
         "16 pictures, 16 in a batch": (lambda: pictures(1), lambda: pictures(16)),
@@ -644,11 +550,6 @@ def speed(args: argparse.Namespace) -> None:
         a, b = map(min, zip(*times, strict=True))
         gap = (slow() - fast()).abs().max().item()
         print(f"{name:48}{a:9.4f}{b:9.4f}{a / b:8.2f}{gap:12.1e}")
-    bare, whole = min(start_up(args.checkpoint) for _ in range(args.rounds))
-    ratio = whole / bare
-    print(f"{'import torch, and process start to a picture':48}{bare:9.2f}{whole:9.2f}{ratio:8.2f}")
-    a, b = operators(device)
-    print(f"{'operators of a latent, width 512: head, 8 layers':48}{a:9}{b:9}")
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -659,11 +560,12 @@ def run_shapes(args: argparse.Namespace) -> None:
         raise ValueError(f"--json {args.json} is not a file in a folder that exists")
     if args.samples:
         args.samples.mkdir(parents=True, exist_ok=True)
-    given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
-    counts, device = {name: given.pop(name) for name in COUNTS}, pick_device(args.device)
+    counts, device = {name: getattr(args, name) for name in COUNTS}, pick_device(args.device)
+    names = "batch_size", "steps", "cfg_scale", "cfg_image"
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
     runs = []
     for seed in args.seed or [1000]:
-        runs.append(evaluate_shapes(args.checkpoint, seed, counts, args.samples, device, **given))
+        runs.append(evaluate_shapes(args.checkpoint, seed, counts, args.samples, device, **options))
         print(show(runs[-1]))
     if len(runs) > 1:
         print("\n" + over_seeds(runs))
@@ -676,7 +578,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = checkpoint.Parser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=checkpoint.Parser)
     quality = commands.add_parser("shapes", help="quality of a model of a Shapes world",
-        epilog="example: python evaluate.py shapes --samples sheets --json shapes.json")
+        description="Beside the captions of --prompts come a sixth as many of combinations that "
+        "training never shows, beside --questions 0.3 times as many about two pictures.")
     clock = commands.add_parser("speed", help="fast paths beside their slow references, as ratios")
     tiny = str(Path(__file__).parent / "checkpoints" / "tiny")
     for command in (quality, clock, benchmarks.add_parser(commands)):
@@ -687,10 +590,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = quality.add_argument
     add("--seed", type=number(int, 0, 2**31), action="append", metavar="N", help="of the held-out "
         "examples and of sampling; repeat it for a mean and a range (default: 1000)")
-    for name, (kind, low, high, default, help) in FLAGS.items():
-        help += "" if default is None else f" (default: {default})"
-        flag, kind = "--" + name.replace("_", "-"), number(kind, low, high)
-        add(flag, type=kind, default=default, metavar="N", help=help)
+    for name, count in COUNTS.items():
+        add("--" + name.replace("_", "-"), type=number(int, 0, 10**5), default=count, metavar="N",
+            help=f"held-out examples to answer; 0 leaves them out (default: {count})")
+    add("--batch-size", type=number(int, 1, 4096), default=64, metavar="N",
+        help="requests answered at a time (default: 64)")
+    checkpoint.add_flags(quality, Options, ("steps", "cfg_scale", "cfg_image"))
     add("--json", type=Path, metavar="FILE", help="write the numbers here too")
     add("--samples", type=Path, metavar="DIR", help="save sheets of pictures, labelled with what "
         "was asked, green if right, red if wrong")
@@ -700,8 +605,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     action = {"shapes": run_shapes, "speed": speed, "bench": benchmarks.run}[args.command]
-    checkpoint.command_line("evaluate.py", functools.partial(action, args),
-                            "interrupted; nothing was reported")  # fmt: skip
+    interrupted = "interrupted; nothing was reported"
+    checkpoint.command_line("evaluate.py", lambda: action(args), interrupted)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent  # off the path, or `import emoji` would find this very file
 sys.path[:] = [str(HERE.parent)] + [p for p in sys.path if Path(p).resolve() != HERE]
@@ -112,7 +111,6 @@ from https://github.com/googlefonts/noto-emoji through the package emoji-datasou
 @dataclass
 class Picture:
     style: str
-    name: str
     category: str
     source: Path
     shown: bool = True  # in training
@@ -173,7 +171,7 @@ def write(directory: Path, folder: Path | None, seed: int) -> None:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is no folder; give a new one, for the dataset")
     sources = {"Twemoji": twemoji()} | ({"Noto": noto(folder)} if folder else {})
-    styles = {style: {name: Picture(style, name, *more) for name, *more in source}
+    styles = {style: {name: Picture(style, *more) for name, *more in source}
               for style, source in sources.items()}  # fmt: skip
     for style, pictures in styles.items():
         if not pictures:
@@ -181,11 +179,9 @@ def write(directory: Path, folder: Path | None, seed: int) -> None:
     lines = list(conversations(styles, random.Random(seed)))
     pictures = [picture for style in styles.values() for picture in style.values()]
     (directory / "images").mkdir(parents=True, exist_ok=True)
-    for picture in tqdm(pictures, "copying", unit=" pictures", delay=2):
+    for picture in pictures:
         shutil.copyfile(picture.source, directory / picture.file)
-    text = "\n".join(ATTRIBUTION[style] for style in styles)
-    with checkpoint.whole_file(directory / "ATTRIBUTION.txt") as file:
-        file.write(text.encode())
+    (directory / "ATTRIBUTION.txt").write_text("\n".join(ATTRIBUTION[style] for style in styles))
     for name, side in ("held_out.jsonl", False), ("train.jsonl", True):
         with checkpoint.whole_file(directory / name) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for s, row in lines if s == side)
@@ -252,23 +248,15 @@ def distances(some: Tensor, others: Tensor) -> Tensor:
     return 127.5 * torch.cdist(some, others) / some.shape[1] ** 0.5
 
 
-@dataclass
 class Album:
-    """All pictures of a dataset."""
+    """All pictures of a dataset, in [-1, 1], at the size of a model's."""
 
-    place: dict[Path, int]
-    pictures: Tensor  # (M, 3, H, W) in [-1, 1]
-    trained: Tensor  # (M,) is it in training
-    noto: Tensor  # (M,) its style
-
-    @classmethod
-    def read(cls, wishes: list[Wish], size: int) -> "Album":
+    def __init__(self, wishes: list[Wish], size: int):
         own = {w.truth: w for w in wishes if w.task == "caption"}  # each picture has one caption
-        paths = tqdm(own, "reading", unit=" pictures", delay=2)
-        pictures = torch.stack([data.to_tensor(path, size) for path in paths])
-        trained = torch.tensor([w.trained for w in own.values()])
-        noto = torch.tensor([w.style == "Noto" for w in own.values()])
-        return cls({path: i for i, path in enumerate(own)}, pictures, trained, noto)
+        self.place = {path: i for i, path in enumerate(own)}
+        self.pictures = torch.stack([data.to_tensor(path, size) for path in own])  # (M, 3, H, W)
+        self.trained = torch.tensor([w.trained for w in own.values()])  # (M,)
+        self.noto = torch.tensor([w.style == "Noto" for w in own.values()])
 
     def judge(self, name: str, images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Print a line on images (N, 3, H, W) that should be pictures number truth (N,) -> of each,
@@ -292,9 +280,7 @@ def judge(directory: Path, source: str, count: int, seed: int) -> list[list[data
     asked = {kind: rng.sample(some, min(count, len(some))) for kind, some in asked.items()}
     pipeline = sample.load(source, sample.pick_device("auto"))
     size = pipeline.vae.config.resolution
-    texts = [s.content for w in sum(asked.values(), []) for s in w.prompt if not s.is_image]
-    sample.warn_unknown_words(texts, pipeline.defaults.words)
-    album = Album.read(wishes, size)
+    album = Album(wishes, size)
     if album.trained.all():
         print("nothing is held out: these figures tell what was memorised")
     print(f"{'':26}{'top 1':>8}{'top 5':>8}  median distance to the truth, the nearest trained")

@@ -294,7 +294,7 @@ def test_images_are_looked_for_first(run_main, tmp_path, star, monkeypatch):
 @pytest.mark.parametrize("name, text, wanted", [
     ("pope", '{"image": "a.jpg", "text": "Is it?"}\n', "line 1 is .* whose 'label' is a str"),
     ("pope", '{"image": "a.jpg", ', "line 1 is not valid JSON"),
-    ("pope", "[1]\n", "line 1 is .* whose 'image' is a str"),
+    ("pope", "\ufeff[1]\n", "line 1 is .* whose 'image' is a str"),
     ("pope", '{"image": 1, "text": "Is it?", "label": "no"}', "line 1 is .* 'image' is a str"),
     ("mme", "a.jpg\tIs it?\n", "want image, question, Yes or No"),
     ("mme", "a.jpg\tIs it?\tYes\n", "two rows an image"),
@@ -318,7 +318,8 @@ def test_bad_prompts_and_answers(run_main, tmp_path):
     assert "a style" in complaint(lambda: benchmarks.hpsv2_layout([tmp_path / "other.json"]))
     path = jsonl(tmp_path / "metadata.jsonl", [{"tag": "colors"}])
     assert "'prompt'" in complaint(lambda: benchmarks.geneval_layout([path]))
-    assert "cannot be read" in complaint(lambda: benchmarks.read_pope([tmp_path / "missing"]))
+    code, _, error = run_main(evaluate, "bench", "pope", tmp_path / "missing", "--out", tmp_path)
+    assert code == 2 and f"{tmp_path / 'missing'}" in error and error.count("\n") == 1
     questions = benchmarks.read_pope([jsonl(tmp_path / "p.json", pope_items([("Is it?", "no")]))])
     path = jsonl(tmp_path / "answers.jsonl", [{"answer": "no"}] * 2)
     assert "2 answers to 1" in complaint(lambda: benchmarks.take_answers(questions, path))
