@@ -329,15 +329,16 @@ def page(results: dict) -> str:
         difference = f"{mean:+.2f} +- {half:.2f} ({len(seeds)} seeds)"
         lines.append(f"| {e.where or '-'} | {e.claim} | {e.paper or '-'} | {other} | {figure} | "
                      f"{difference} | {verdict(mean, half, seeds)} |")  # fmt: skip
-    lines += ["", "| arm | stages after the start | captions right | questions | edits | edits in "
-              "context | codes mixed | sharpness | spread | minutes |", "|---" * 10 + "|"]  # fmt: skip
+    lines += ["", "| arm | stages after the start | captions right | questions | edits "
+              "| edits in context | codes mixed | sharpness | spread | minutes |", "|---" * 10 + "|"]
     for name in (n for n in ARMS if n in results):
         runs = {seed: run for seed, run in sorted(results[name].items()) if "answers" in run}
         if not runs:
             continue
         cells = [rates(runs, figure) for figure in (IMAGES, TEXT, "editing", IN_CONTEXT)]
-        cells += [" ".join(f"{run[key]:.1f}" for run in runs.values() if run.get(key) is not None) or "-"
-                  for key in ("codes mixed", "sharpness", "spread", "minutes")]  # fmt: skip
+        for key in ("codes mixed", "sharpness", "spread", "minutes"):
+            told = [f"{run[key]:.1f}" for run in runs.values() if run.get(key) is not None]
+            cells.append(" ".join(told) or "-")
         own = ARMS[name]
         commands = f"the models of {own}" if isinstance(own, str) else f"`{'; '.join(own) or '-'}`"
         lines.append(f"| {name} | {commands} | {' | '.join(cells)} |")

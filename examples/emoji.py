@@ -167,11 +167,16 @@ def conversations(styles: dict[str, dict[str, Picture]],
                     yield line("in context", picture, before, after, twin, output=picture)
 
 
-def write(directory: Path, folder: Path | None, seed: int) -> None:
+def write(directory: Path, folder: Path | None, seed: int, categories: list[str]) -> None:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is no folder; give a new one, for the dataset")
-    sources = {"Twemoji": twemoji()} | ({"Noto": noto(folder)} if folder else {})
-    styles = {style: {name: Picture(style, *more) for name, *more in source}
+    sources = {"Twemoji": list(twemoji())} | ({"Noto": list(noto(folder))} if folder else {})
+    known = sorted({category for source in sources.values() for _, category, _ in source})
+    for category in categories:
+        if category not in known:
+            raise ValueError(f"--category is {category!r}; known: {', '.join(known)}")
+    styles = {style: {name: Picture(style, category, path) for name, category, path in source
+                      if category in (categories or known)}
               for style, source in sources.items()}  # fmt: skip
     for style, pictures in styles.items():
         if not pictures:
@@ -310,6 +315,8 @@ def main() -> None:
     add("directory", type=Path, metavar="DIR", help="the dataset: written, or read by the judge")
     add("--noto", type=Path, metavar="FOLDER",
         help="unpacked npm package emoji-datasource-google, for a second style")
+    add("--category", action="append", default=[], metavar="NAME",
+        help='pictures of it only, as "food and drink"; repeatable (default: all)')
     add("--judge", metavar="CHECKPOINT", help="draw pictures of DIR with this model, judge them")
     add("--count", type=whole(int, 1, 10**5), metavar="N",
         help="the judge draws so many of each kind (default: 200)")
@@ -318,8 +325,9 @@ def main() -> None:
     add("--seed", type=whole(int, 0, 2**31), default=0, metavar="N",
         help="of what is held out and of the pairs, or of what is drawn (default: 0)")
     args = parser.parse_args()
-    if args.judge is not None and args.noto:
-        parser.error("--noto belongs to writing DIR, the judge reads it; leave one out")
+    if args.judge is not None and (args.noto or args.category):
+        parser.error("--noto and --category belong to writing DIR, the judge reads it; leave "
+                     "--judge out")  # fmt: skip
     if args.judge is None and (args.count or args.sheet):
         parser.error("--count and --sheet belong to --judge CHECKPOINT; give it too")
     if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
@@ -329,7 +337,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.judge is None:
-        return write(args.directory, args.noto, args.seed)
+        return write(args.directory, args.noto, args.seed, args.category)
     rows = judge(args.directory, args.judge, args.count or 200, args.seed)
     if args.sheet:
         data.sheet(rows, (96, 96)).save(args.sheet)

@@ -53,7 +53,7 @@ def images(rows) -> set[str]:
 
 @pytest.fixture
 def two(sources, tmp_path):
-    emoji.write(tmp_path / "two", tmp_path, 0)
+    emoji.write(tmp_path / "two", tmp_path, 0, [])
     return tmp_path / "two"
 
 
@@ -127,9 +127,19 @@ def test_two_styles_are_named(two):
 
 def test_a_seed_chooses_what_is_held_out(sources, tmp_path):
     for name, seed in ("a", 0), ("b", 0), ("c", 1):
-        emoji.write(tmp_path / name, tmp_path, seed)
+        emoji.write(tmp_path / name, tmp_path, seed, [])
     a, b, c = ((tmp_path / name / "held_out.jsonl").read_text() for name in "abc")
     assert a == b != c
+
+
+def test_a_category_is_all_that_is_written(sources, tmp_path):
+    for source in sources.values():
+        source[0] = (source[0][0], "objects", source[0][2])
+    emoji.write(tmp_path / "one", tmp_path, 0, ["objects"])
+    shown = images(lines(tmp_path / "one" / "train.jsonl"))
+    assert shown == {"images/twemoji_0.png", "images/noto_0.png"}
+    message = complaint(lambda: emoji.write(tmp_path / "x", tmp_path, 0, ["fruit"]))
+    assert "fruit" in message and "animals and nature, objects" in message
 
 
 @pytest.mark.parametrize("name", ["a unicorn", "an owl", "an hourglass done", "an SOS button",
@@ -297,7 +307,7 @@ def test_sheet_and_count_and_seed(judged, tmp_path):
 
 
 def test_with_one_style_the_judge_says_that_nothing_is_held_out(judged, two, sources):
-    emoji.write(two, None, 0)
+    emoji.write(two, None, 0, [])
     _, out = judged(lambda truth: truth)
     assert "nothing is held out: these figures tell what was memorised" in out
 
@@ -314,7 +324,8 @@ def test_distance_in_grey_levels():
     (["NEW", "--judge", "model"], "train.jsonl is missing; write it: python examples/emoji.py"),
     (["EMPTY", "--judge", "model"], "holds no caption"),
     (["OTHER", "--judge", "model"], "train.jsonl line 1 is not this script's: its 'task' is None"),
-    (["NEW", "--judge", "model", "--noto", "x"], "--noto belongs to writing"),
+    (["NEW", "--judge", "model", "--noto", "x"], "belong to writing"),
+    (["NEW", "--judge", "model", "--category", "x"], "belong to writing"),
     (["NEW", "--count", "3"], "belong to --judge"),
     (["NEW", "--sheet", "a.png"], "belong to --judge"),
     (["NEW", "--judge", "model", "--sheet", "a.jpg"], "is not a .png"),

@@ -68,7 +68,8 @@ def test_every_arm_is_a_list_of_commands_that_parse():
     for arm in [experiments.START, *own]:
         for line in arm:
             name, _, fields = line.partition(" ")
-            train.parse([name, "--out", "x", *experiments.FLAGS.get(name, "").split(), *fields.split()])
+            fields = [*experiments.FLAGS.get(name, "").split(), *fields.split()]
+            train.parse([name, "--out", "x", *fields])
     for e in experiments.EXPERIMENTS.values():
         assert {e.arm, *(other for other, _ in e.others)} <= experiments.ARMS.keys()
 

@@ -933,7 +933,8 @@ def test_own_data_take_every_stage_and_are_known_to_a_resumed_run(cli, road, fol
         run = tmp_path / name
         assert cli(*own(name, run, init, folder, "--steps", 1))[0] == 0
         init = run
-    assert cli("posttrain", "--dry-run", "--preset", "nano", "--init", run, "--data", folder)[0] == 0
+    dry = ("posttrain", "--dry-run", "--preset", "nano", "--init", run, "--data", folder)
+    assert cli(*dry)[0] == 0
     config = checkpoint.open_checkpoint(run).config
     assert config["data"]["files"] == str(folder) and "pale" in config["generation"]["words"]
     assert cli("posttrain", "--out", run, "--resume", "--steps", 2)[0] == 0
