@@ -1,5 +1,7 @@
-"""Public benchmarks: the figures that their own scorers give, or the folders that these read.
+"""Public benchmarks: the figures that their own scorers give, or the folders that these read; and
+how fast this code is.
 
+    python evaluate.py speed        fast paths beside their slow references, as ratios
     python evaluate.py bench pope coco_pope_random.json --images val2014 --out DIR --checkpoint DIR
     python evaluate.py bench mme Your_Results/*.txt --images MME_Benchmark_release_version --out DIR
     python evaluate.py bench vqav2 QUESTIONS.json ANNOTATIONS.json --images val2014 --out DIR
@@ -13,18 +15,27 @@ reader and a scorer for each benchmark, the model, pictures, answers, command li
 """
 
 import argparse
+import functools
 import json
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator
+import subprocess
+import sys
+import tempfile
+import timeit
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import checkpoint
-from data import read_prompt
+from data import Segment, read_prompt, to_tensor
+from orthus import DiffusionHead, KVCache, Orthus, OrthusConfig, guide
 from sample import Answer, Request, generate, load, pick_device
 
 Figures = dict[str, dict[str, float]]  # rows of a table
@@ -430,6 +441,111 @@ def take_answers(questions: list[Question], path: Path) -> None:
                          "line for each")
     for question, (where, item) in zip(questions, lines, strict=True):
         (question.answer,) = take(item, where, answer=str)
+
+
+# --- Speed ---------------------------------------------------------------------------------------
+
+
+def naive_sample(head: DiffusionHead, hidden: Tensor, weights, steps: int, noise: Tensor) -> Tensor:
+    """DiffusionHead.sample for one latent without its shortcut: the whole head in every step."""
+    x, contexts = noise, hidden[0]  # (1, C), (G, D)
+    for t, a, b in head.schedule.ddim(steps):
+        times = torch.full((len(contexts),), t, device=x.device)
+        output = head(x.expand(len(contexts), -1), times, contexts)  # (G, C)
+        x = a * x + b * guide(output[None], weights)
+    return x / head.latent_scale
+
+
+def reread(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
+    """Hidden states (L, D) of an image after tokens (1, T), all read again for each latent."""
+    mark = torch.full_like(tokens[:, :1], model.config.image_id)
+    rows = (torch.cat([tokens, mark.expand(1, n + 1)], 1) for n in range(len(latents)))
+    return torch.stack([model(row, latents[: n + 1])[0, -1] for n, row in enumerate(rows)])
+
+
+def read_once(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
+    """The same with a cache, as sampling does it."""
+    weight, length = model.norm.weight, tokens.shape[1] + len(latents)
+    cache = KVCache(model.config, 1, length, weight.device, weight.dtype)
+    model(tokens, latents[:0], cache)
+    embedded = model.vision_embedding(latents).to(weight.dtype)  # (L, D)
+    return torch.cat([model.step(x[None], cache) for x in embedded])
+
+
+class Operators(TorchDispatchMode):
+    """Counts dispatched operators that are not views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def operators(device: torch.device | str = "cpu") -> tuple[int, int]:
+    """Of one latent: 100 guided DDIM steps of the head, and a step of 8 layers."""
+    model = Orthus(OrthusConfig.preset("tiny", num_hidden_layers=8)).to(device)
+    width, channels = model.config.hidden_size, model.config.latent_channels
+    cache, x = KVCache(model.config, 2, 20, device), torch.randn(2, width, device=device)
+    hidden, noise = model.step(x, cache), torch.randn(1, channels, device=device)
+    weights, prepared = hidden.new_tensor((3.0, -2.0)), model.image_head.prepare(100)
+    with Operators() as head:
+        model.image_head.sample(hidden[None], weights, 100, noise, prepared=prepared)
+    with Operators() as backbone:
+        model.step(x, cache)
+    return head.count, backbone.count
+
+
+def seconds(run: Callable) -> float:
+    return timeit.timeit(run, number=1)
+
+
+@torch.inference_mode()
+def speed(args: argparse.Namespace) -> None:
+    """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
+    pipeline = load(args.checkpoint, pick_device(args.device))
+    model, config, head = pipeline.model, pipeline.model.config, pipeline.model.image_head
+    if not isinstance(head, DiffusionHead):
+        raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
+    weight, rng = head.input_proj.weight, torch.Generator().manual_seed(0)
+    length, channels = config.latents_per_image, config.latent_channels
+    hidden = torch.randn(1, 2, config.hidden_size, generator=rng).to(weight)
+    latents = torch.randn(length, channels, generator=rng).to(weight.device)
+    tokens = torch.tensor([[config.bos_id, config.sep_id, config.boi_id]], device=weight.device)
+    requests = [Request([Segment("a red circle")], seed) for seed in range(16)]
+
+    def pictures(batch_size: int) -> Tensor:
+        answers = generate(pipeline, requests, batch_size=batch_size, progress=False)
+        size = pipeline.vae.config.resolution
+        return torch.stack([to_tensor(a.images[0], size) for a in answers])
+
+    rows = {
+        "100 DDIM steps, modulations ahead of the loop": (
+            lambda: naive_sample(head, hidden, (3.0, -2.0), 100, latents[:1]),
+            lambda: head.sample(hidden, (3.0, -2.0), 100, latents[:1]),
+        ),
+        f"{length} latents with the cache": (
+            lambda: reread(model, tokens, latents), lambda: read_once(model, tokens, latents),
+        ),
+        "16 pictures, 4 in a batch": (lambda: pictures(1), lambda: pictures(4)),
+        "16 pictures, 16 in a batch": (lambda: pictures(1), lambda: pictures(16)),
+    }  # fmt: skip
+    print(f"{'':48}{'slow s':>9}{'fast s':>9}{'ratio':>8}{'difference':>12}")
+    for name, pair in rows.items():
+        slow, fast = (lambda f=f: f().cpu() for f in pair)  # .cpu() waits for an accelerator
+        times = [(seconds(slow), seconds(fast)) for _ in range(args.rounds)]
+        a, b = map(min, zip(*times, strict=True))
+        gap = (slow() - fast()).abs().max().item()
+        print(f"{name:48}{a:9.4f}{b:9.4f}{a / b:8.2f}{gap:12.1e}")
+    with tempfile.TemporaryDirectory() as folder:
+        draw_one = [Path(__file__).with_name("sample.py"), "--prompt", "a red circle",
+                    "--checkpoint", args.checkpoint, "--output", folder]  # fmt: skip
+        start = functools.partial(subprocess.run, check=True, capture_output=True)
+        times = [[seconds(lambda c=c: start([sys.executable, *c]))
+                  for c in (["-c", "import torch"], draw_one)] for _ in range(args.rounds)]
+    a, b = map(min, zip(*times, strict=True))
+    print(f"{'import torch, and process start to a picture':48}{a:9.4f}{b:9.4f}{b / a:8.2f}")
+    print(f"{'operators of a latent: head, 8 layers':48}{'{:9}{:9}'.format(*operators())}")
 
 
 # --- Command line --------------------------------------------------------------------------------

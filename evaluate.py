@@ -2,12 +2,12 @@
 
     python evaluate.py shapes       every task of its world on held-out examples, by kind, and the
                                     autoencoder, which bounds all
-    python evaluate.py speed        fast paths beside their slow references, as ratios
+    python evaluate.py speed        fast paths beside their slow references, see benchmarks.py
     python evaluate.py bench        public benchmarks, see benchmarks.py
 
 Pictures are judged as GenEval does it: a detector reads the picture, and what it found is compared
 with what was asked. The detector knows nothing of what was drawn, it only looks at pixels.
-Reading order: detector, judges, autoencoder, the tasks, report, speed, command line.
+Reading order: detector, judges, autoencoder, the tasks, report, command line.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import functools
 import math
 import random
 import re
-import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,6 @@ from tqdm import tqdm
 import benchmarks
 import shapes
 from data import Segment, sheet, to_image, to_tensor
-from orthus import DiffusionHead, guide
 from sample import Answer, Options, Pipeline, Request, generate, load, pick_device
 from shapes import Example, Shapes, ShapesConfig, Thing
 from vae import VQVAE
@@ -503,55 +501,6 @@ def report(directory: str | Path, folder: Path, count: int = 300) -> str:
     return show(results)
 
 
-# --- Speed ---------------------------------------------------------------------------------------
-
-
-def naive_sample(head: DiffusionHead, hidden: Tensor, weights, steps: int, noise: Tensor) -> Tensor:
-    """DiffusionHead.sample for one latent without its shortcut: the whole head in every step."""
-    x, contexts = noise, hidden[0]  # (1, C), (G, D)
-    for t, a, b in head.schedule.ddim(steps):
-        times = torch.full((len(contexts),), t, device=x.device)
-        output = head(x.expand(len(contexts), -1), times, contexts)  # (G, C)
-        x = a * x + b * guide(output[None], weights)
-    return x / head.latent_scale
-
-
-@torch.inference_mode()
-def speed(args: argparse.Namespace) -> None:
-    """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
-    pipeline = load(args.checkpoint, pick_device(args.device))
-    config, head = pipeline.model.config, pipeline.model.image_head
-    if not isinstance(head, DiffusionHead):
-        raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
-    weight, rng = head.input_proj.weight, torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 2, config.hidden_size, generator=rng).to(weight)
-    noise = torch.randn(1, config.latent_channels, generator=rng).to(weight.device)
-    requests = [Request([Segment("a red circle")], seed) for seed in range(16)]
-
-    def pictures(batch_size: int) -> Tensor:
-        answers = generate(pipeline, requests, batch_size=batch_size, progress=False)
-        size = pipeline.vae.config.resolution
-        return torch.stack([to_tensor(a.images[0], size) for a in answers])
-
-    def seconds(run: Callable[[], Tensor]) -> float:
-        return timeit.timeit(lambda: run().cpu(), number=1)  # .cpu() waits for an accelerator
-
-    rows = {
-        "100 DDIM steps, modulations ahead of the loop": (
-            lambda: naive_sample(head, hidden, (3.0, -2.0), 100, noise),
-            lambda: head.sample(hidden, (3.0, -2.0), 100, noise),
-        ),
-        "16 pictures, 4 in a batch": (lambda: pictures(1), lambda: pictures(4)),
-        "16 pictures, 16 in a batch": (lambda: pictures(1), lambda: pictures(16)),
-    }
-    print(f"{'':48}{'slow s':>9}{'fast s':>9}{'ratio':>8}{'difference':>12}")
-    for name, (slow, fast) in rows.items():
-        times = [(seconds(slow), seconds(fast)) for _ in range(args.rounds)]
-        a, b = map(min, zip(*times, strict=True))
-        gap = (slow() - fast()).abs().max().item()
-        print(f"{name:48}{a:9.4f}{b:9.4f}{a / b:8.2f}{gap:12.1e}")
-
-
 # --- Command line --------------------------------------------------------------------------------
 
 
@@ -604,9 +553,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    action = {"shapes": run_shapes, "speed": speed, "bench": benchmarks.run}[args.command]
-    interrupted = "interrupted; nothing was reported"
-    checkpoint.command_line("evaluate.py", lambda: action(args), interrupted)
+    actions = {"shapes": run_shapes, "speed": benchmarks.speed, "bench": benchmarks.run}
+    run = functools.partial(actions[args.command], args)
+    checkpoint.command_line("evaluate.py", run, "interrupted; nothing was reported")
 
 
 if __name__ == "__main__":

@@ -329,8 +329,8 @@ def page(results: dict) -> str:
         difference = f"{mean:+.2f} +- {half:.2f} ({len(seeds)} seeds)"
         lines.append(f"| {e.where or '-'} | {e.claim} | {e.paper or '-'} | {other} | {figure} | "
                      f"{difference} | {verdict(mean, half, seeds)} |")  # fmt: skip
-    lines += ["", "| arm | stages after the start | captions right | questions | edits "
-              "| edits in context | codes mixed | sharpness | spread | minutes |", "|---" * 10 + "|"]
+    lines += ["", "| arm | stages after the start | captions right | questions | edits | "
+              "edits in context | codes mixed | sharpness | spread | minutes |", "|---" * 10 + "|"]
     for name in (n for n in ARMS if n in results):
         runs = {seed: run for seed, run in sorted(results[name].items()) if "answers" in run}
         if not runs:

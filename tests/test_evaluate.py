@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image, ImageFilter, ImageOps
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import benchmarks
 import checkpoint
 import evaluate
 import shapes
 from data import Segment, to_image, to_tensor
 from evaluate import UNSEEN, detect, judge, reads
-from orthus import KVCache, Orthus, OrthusConfig
+from orthus import Orthus, OrthusConfig
 from sample import Answer
 from shapes import Example, Shapes, ShapesConfig, Thing, render
 from vae import VQVAE, VQVAEConfig
@@ -429,41 +429,22 @@ def test_a_report_has_the_tasks_of_the_checkpoint_s_world(untrained, tmp_path, m
 
 
 def test_speed_prints_ratios_and_fast_paths_change_nothing(run_main, monkeypatch):
-    """Pictures, the expensive rows, are replaced."""
+    """What takes long, pictures and processes, is replaced."""
     blank = lambda _, requests, **options: [Answer([Segment(BLACK, True)]) for _ in requests]
-    monkeypatch.setattr(evaluate, "generate", blank)
+    monkeypatch.setattr(benchmarks, "generate", blank)
+    monkeypatch.setattr(benchmarks.subprocess, "run", lambda command, **options: None)
     tiny = ROOT / "checkpoints" / "tiny"
     flags = ["--rounds", 1, "--device", "cpu", "--checkpoint", tiny]
     code, out, _ = run_main(evaluate, "speed", *flags)
     rows = out.splitlines()
-    assert code == 0 and len(rows) == 4
-    assert all(float(row.split()[-1]) < 1e-3 for row in rows[1:])
-
-
-class Operators(TorchDispatchMode):
-    """Counts dispatched operators that are not views."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
+    assert code == 0 and len(rows) == 7
+    assert all(float(row.split()[-1]) < 1e-3 for row in rows[1:5])
 
 
 @torch.inference_mode()
 def test_a_latent_takes_few_operators():
-    """100 guided DDIM steps of the head, and a step of 8 layers."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 8, "head_width": 64}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    model = Orthus(OrthusConfig.preset("tiny", **sizes, **heads))
-    cache, x = KVCache(model.config, 2, 20), torch.randn(2, 64)
-    hidden, noise = model.step(x, cache), torch.randn(1, model.config.latent_channels)
-    prepared, weights = model.image_head.prepare(100), torch.tensor((3.0, -2.0))
-    with Operators() as head:
-        model.image_head.sample(hidden[None], weights, 100, noise, prepared=prepared)
-    with Operators() as backbone:
-        model.step(x, cache)
-    assert 1000 < head.count <= 2800 and 100 < backbone.count <= 400
+    head, backbone = benchmarks.operators()
+    assert 1000 < head <= 2800 and 100 < backbone <= 400
 
 
 def test_a_world_is_the_one_that_the_checkpoint_was_trained_on(untrained):

@@ -1,4 +1,4 @@
-"""experiments.py: arms run once and are measured on the same examples; verdicts follow intervals."""
+"""experiments.py: arms run once, on the same examples; verdicts follow intervals."""
 
 import dataclasses
 import json
@@ -84,7 +84,8 @@ def test_arms_run_once_and_the_page_is_written_from_what_was_kept(
     monkeypatch.setattr(experiments, "HERE", tmp_path)
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "experiments" / "results.json")
-    (tmp_path / "RESULTS.md").write_text("above\n" + experiments.BEGIN + "OUTDATED" + experiments.END)
+    page = "above\n" + experiments.BEGIN + "OUTDATED" + experiments.END
+    (tmp_path / "RESULTS.md").write_text(page)
     flags = "--only", "language", "--seeds", "1", "--count", "8"
     code, _, said = run_main(experiments, *flags)
     assert code in (0, None), said
