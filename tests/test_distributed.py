@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import socket
 import sys
 import time
 
@@ -46,11 +45,9 @@ def flags(name, run, init, **changes) -> list[str]:
 def start(count: int, *commands: list[str], slow: float = 0.0) -> list:
     """Processes as torchrun starts them; each step takes `slow` seconds more. They run one command
     after the other, since most of their time goes into the first step of the first."""
-    context, ports = multiprocessing.get_context("fork"), []
-    for _ in commands:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            ports.append(str(free.getsockname()[1]))
+    context = multiprocessing.get_context("fork")
+    below = random.SystemRandom().sample(range(10000, 32000), len(commands))  # gloo's own are above
+    ports = [str(port) for port in below]
 
     def body(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
@@ -80,6 +77,7 @@ def wait_for(path, children: list) -> None:
     limit = time.time() + 600
     while not path.exists() and all(c.is_alive() for c in children) and time.time() < limit:
         time.sleep(0.01)
+    assert path.exists()
 
 
 @pytest.fixture(scope="module")
