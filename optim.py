@@ -95,7 +95,8 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def gathered(value):
-    """A state with its sharded tensors whole again, in the first process's ordinary memory."""
+    """A state with its sharded tensors whole again, in the first process's ordinary memory. Not by
+    torch.distributed.checkpoint: it reads its files with pickle, which runs what they say."""
     if isinstance(value, dict):
         return {k: gathered(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -675,9 +675,10 @@ def test_sigterm_saves_and_ends_well(road, tmp_path, cli, monkeypatch):
 def test_ctrl_c_before_the_first_save_tells_the_truth(road, tmp_path, cli, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 0, press_ctrl_c)
+        interrupt_at(patch, 1, press_ctrl_c)
         code, said = cli(*flags(run, road["decoder"]))
     assert code == 130 and "begins anew" in said
+    assert [d["step"] for d in lines(run)] == [1]  # which the next run must not log twice
     assert cli(*resume(run))[0] == 0
     assert [d["step"] for d in lines(run)] == [1, 2, 3, 4, 5, 6]
 
