@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 import evaluate
 import train
-from data import Segment, sheet
+from data import Segment, collate, layout, sheet
 from evaluate import TASKS, held_out, run_task
-from sample import Request, generate, load
+from sample import Pipeline, Request, generate, load
 from shapes import Shapes, ShapesConfig
 from vae import VQVAE
 
@@ -111,7 +111,7 @@ EXPERIMENTS = {
         "understanding alone", (("argmin", TEXT), ("linear", TEXT))),
     "language": Experiment(
         "section 4.2", "stage 1 keeps what the Chameleon can answer", "",
-        "stage 1 alone", (("nothing", TEXT),)),
+        "stage 1 alone", (("nothing", TEXT), ("nothing", "log-likelihood"))),
     "tau": Experiment(
         "section 4.2", "a wider mixture (here 50 of 256 codes) lifts the bottleneck", "",
         "orthus", tuple((f"tau: {n} codes", figure) for n in (2, 10, 150)
@@ -170,6 +170,17 @@ def figures(name: str) -> set[str]:
             if name in (e.arm, other)}  # fmt: skip
 
 
+@torch.no_grad()
+def log_likelihood(pipeline: Pipeline, world: ShapesConfig, seed: int) -> float:
+    """Of the true answers to 200 held-out questions, in nats a token."""
+    model, task = pipeline.model, TASKS[TEXT]
+    examples = held_out(world, task.method, seed, 200, task.stream)
+    sequences = [layout(e.segments, pipeline.tokenizer, model.config) for e in examples]
+    batch = collate(sequences, model.config, pipeline.vae.config.resolution)
+    latents = pipeline.vae.encode(batch.images).flatten(0, 1)
+    return -model.loss(batch.tokens, latents, batch.labels).text.item()
+
+
 def vary_guidance(head, latents: int, rises: bool) -> None:
     """Guidance that grows from none to twice as much over the latents of an image, or shrinks."""
     draw, numbers = head.sample, itertools.cycle(range(latents))
@@ -185,8 +196,9 @@ def vary_guidance(head, latents: int, rises: bool) -> None:
 
 def measure(name: str, run: str, seed: int, count: int) -> dict:
     """Figures of a trained arm: answers to the same held-out examples, "0110..." by table and row;
-    of pictures of one prompt how sharp they are and how much they differ. Where a point or two is
-    claimed (table 4), four times `count` examples of a table."""
+    how likely true answers are to it; of pictures of one prompt how sharp they are and how much
+    they differ. Where a point or two is claimed (table 4), four times `count` examples of a table.
+    """
     source = checkpoint.open_checkpoint(run)
     stage = "posttrain" if "model" in source.config else "vae"
     world = ShapesConfig(**train.WORLDS["nano"][stage][0][1])  # the same for every arm
@@ -211,7 +223,8 @@ def measure(name: str, run: str, seed: int, count: int) -> dict:
     sheet([[(image, "", "black") for image in drawn[:8]]], (64, 64)).save(Path(run) / "alike.png")
     pixels = np.stack([np.asarray(image, float) for image in drawn])  # (16, H, W, 3)
     edges = np.abs(np.diff(pixels, axis=1)).max((1, 2, 3)).mean()
-    record = {"answers": answers, "spread": float(pixels.std(0).mean()), "sharpness": float(edges)}
+    record = {"answers": answers, "spread": float(pixels.std(0).mean()), "sharpness": float(edges),
+              "log-likelihood": log_likelihood(pipeline, world, seed)}  # fmt: skip
     if (log := Path(run) / "log.jsonl").is_file():
         last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
         record["codes mixed"] = last.get("codes_mixed")
@@ -302,10 +315,11 @@ ABOUT = f"""Written by `python experiments.py`. Arms go on from one start (the f
 `train.py all --preset nano`) with `posttrain {FLAGS["posttrain"]}`
 and the flags below: far from the end of training, where differences show. Every arm answers the
 same held-out prompts, four times as many for table 4. Differences are in points of 100 (psnr in
-decibels, sharpness and spread in grey levels), with 95% intervals: the larger of one over the paired
-examples and Student's over the seeds, since the scatter of training is most of it. The tuned decoder
-had {TUNED} steps more than the one it is compared with, as in the paper. Stage 1 freezes all that
-text passes through, so only answers about images can change in it. Nano's world has no digits.
+decibels, sharpness and spread in grey levels, log-likelihood of the true answers in nats a token),
+with 95% intervals: the larger of one over the paired examples and Student's over the seeds, since
+the scatter of training is most of it. The tuned decoder had {TUNED} steps more than the one it is
+compared with, as in the paper. Stage 1 freezes all that text passes through, so only answers about
+images can change in it. Nano's world has no digits.
 
 ![Differences](experiments/differences.png)"""
 BEGIN, END = "<!-- experiments.py writes from here -->", "<!-- to here -->"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import evaluate
 import experiments
 import stages
 import train
+from shapes import ShapesConfig
 
 QUICK = "--steps 2 --batch-size 4 --workers 0 --pictures-every 0 --quantise-from 0"
 
@@ -96,6 +98,12 @@ def test_arms_run_once_and_the_page_is_written_from_what_was_kept(
     assert lengths[0] == lengths[1] and sum(lengths[0].values()) == 18
     text = (tmp_path / "RESULTS.md").read_text()
     assert text.startswith("above") and "OUTDATED" not in text and "| section 4.2 |" in text
+    pipeline = experiments.load(tmp_path / "runs" / "start" / "chameleon")
+    torch.nn.init.zeros_(pipeline.model.lm_head.weight)  # every word is as likely
+    uniform = -math.log(pipeline.model.config.vocab_size)
+    world = ShapesConfig(**train.WORLDS["nano"]["posttrain"][0][1])
+    assert experiments.log_likelihood(pipeline, world, 0) == pytest.approx(uniform)
+    assert uniform - 1 < results["nothing"]["0"]["log-likelihood"] < 0
     monkeypatch.setattr(train, "run", None)  # nothing is trained again
     assert run_main(experiments, *flags)[0] in (0, None)
     assert (tmp_path / "RESULTS.md").read_text() == text
