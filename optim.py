@@ -3,7 +3,8 @@
     choose_machine      device and dtype of the products
     join, shard, ..     torchrun's processes: FSDP2, whose state is saved whole
     Optimizers          AdamW, or Muon on inner matrices and AdamW on the rest, as one
-    update_average      the weight average, which is what is saved
+    update_average      the weight average
+    contents            what of all this is saved
 """
 
 import contextlib
@@ -18,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import lora
 from sample import pick_device
-from stages import TrainConfig
+from stages import Stage, TrainConfig
 
 # --- The machine ---------------------------------------------------------------------------------
 
@@ -222,3 +224,21 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, s
     decay = min(decay, (1 + step) / (10 + step))
     weights = trained(model)
     torch._foreach_lerp_([average[n] for n in weights], list(weights.values()), 1 - decay)
+
+
+# --- What is saved -------------------------------------------------------------------------------
+
+
+def contents(stage: Stage, optimizer: Optimizers, average: dict, step: int) -> tuple[dict, dict]:
+    """-> tensors of the checkpoint by part, and the state to go on from; in the first process. What
+    is frozen is saved as it is; low-rank products are merged in the one, kept apart in the other.
+    """
+    state = gathered({"step": step, "weights": stage.model.state_dict(), "average": average,
+                      "optimizer": optimizer.state_dict()})  # fmt: skip
+    if rank_and_world()[0]:
+        return {}, {}
+    tensors = {"model": None, "vae": stage.vae.state_dict() if stage.vae else None} | stage.others
+    tensors[stage.part] = lora.merged(stage.model, state["weights"] | state["average"])
+    if stage.before:
+        state["before"] = stage.before.state_dict()
+    return tensors, state

@@ -25,9 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import data
-import train
 from checkpoint import Checkpoint
-from optim import dtype_name
+from optim import contents, dtype_name, make_optimizer, trained, update_average
 from orthus import Orthus, OrthusConfig
 from sample import pick_device
 from stages import GENERATION, STAGES, UNCONDITIONAL, MicroBatch, TrainConfig, asdict, examples
@@ -130,9 +129,9 @@ def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkp
     first = examples(dataset, 0, small.batch_size)  # real pictures, so before the rehearsal
     with Rehearsal() as now:
         stage = now.build(lambda: STAGES[name](small, dataset, start, False))
-        learns = list(train.trained(stage.model).values())
-        optimizer = train.make_optimizer(stage.model, small, getattr(torch, config.dtype))
-        average = {n: p.detach().clone() for n, p in train.trained(stage.model).items()}
+        learns = list(trained(stage.model).values())
+        optimizer = make_optimizer(stage.model, small, getattr(torch, config.dtype))
+        average = {n: p.detach().clone() for n, p in trained(stage.model).items()}
         batch = stage.batch(types.SimpleNamespace(example=first.__getitem__), 0)
         part = max(batch, key=lambda p: p.tokens.numel() if isinstance(p, MicroBatch) else 0)
         for p in learns:  # what a step before this one left
@@ -147,12 +146,12 @@ def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkp
         gradients = total([p.grad for p in learns])
         nn.utils.clip_grad_norm_(stage.model.parameters(), config.grad_clip)
         optimizer.step()
-        train.update_average(average, stage.model, config.ema, 0)
+        update_average(average, stage.model, config.ema, 0)
         others = [m.state_dict() for m in (stage.vae, stage.before) if m]
         kinds = {"weights": total(stage.model.state_dict(), *others), "gradients": gradients,
                  "optimiser": total(optimizer.state_dict()), "average": total(average)}
         kinds["activations"] = now.peak - sum(kinds.values())
-        save = sum(map(total, train.contents(stage, optimizer, average, 0)))
+        save = sum(map(total, contents(stage, optimizer, average, 0)))
     every = [p.numel() for p in stage.model.parameters()]
     known = {"trained": sum(p.numel() for p in learns), "save": save, "cache": 0,
              "shape": list(part.tokens.shape if stage.vae else part[0].shape)}  # fmt: skip
@@ -163,15 +162,10 @@ def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkp
     return known | {"frozen": sum(every) - known["trained"], "memory": kinds, "peak": now.peak}
 
 
-def dry_run(name: str, run: Path, given: dict, resume: bool) -> None:
+def tell(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkpoint | None) -> None:
     """Print what a stage will train and need."""
-    config, worlds, init = train.settings(name, run, given, resume)
     config = dataclasses.replace(config, dtype=dtype_name(config, pick_device(config.device)))
-    start = checkpoint.open_checkpoint(init) if init else None
-    dataset = train.open_data(config, worlds, start)[0]
-    if start:
-        train.check_size(start, config.preset)
-    elif name != "vae":
+    if not start and name != "vae":
         some = [s for i in range(64) for s in dataset.example(i) if not s.is_image]
         start = blank(name, config.preset, [s.content for s in some])
     found = figures(name, config, dataset, start)

@@ -38,10 +38,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-import lora
 from checkpoint import Checkpoint
 from data import Segment
-from optim import (Optimizers, choose_machine, for_all, gathered, join, keep_memory,
+from optim import (Optimizers, choose_machine, contents, for_all, join, keep_memory,
                    learning_rate, make_optimizer, rank_and_world, shard, shard_like, trained,
                    update_average)
 from orthus import DiffusionHead, OrthusConfig
@@ -72,21 +71,6 @@ def save(run: Path, stage: Stage, optimizer: Optimizers, average: dict, step: in
     os.replace(part, whole)
     for old in sorted(run.glob("step-*"))[:-2]:
         shutil.rmtree(old)
-
-
-def contents(stage: Stage, optimizer: Optimizers, average: dict, step: int) -> tuple[dict, dict]:
-    """-> tensors of the checkpoint by part, and the state to go on from; in the first process. What
-    is frozen is saved as it is; low-rank products are merged in the one, kept apart in the other.
-    """
-    state = gathered({"step": step, "weights": stage.model.state_dict(), "average": average,
-                      "optimizer": optimizer.state_dict()})  # fmt: skip
-    if rank_and_world()[0]:
-        return {}, {}
-    tensors = {"model": None, "vae": stage.vae.state_dict() if stage.vae else None} | stage.others
-    tensors[stage.part] = lora.merged(stage.model, state["weights"] | state["average"])
-    if stage.before:
-        state["before"] = stage.before.state_dict()
-    return tensors, state
 
 
 def digest(path: Path) -> str:
@@ -440,6 +424,18 @@ def open_data(config: TrainConfig, worlds: list, start: Checkpoint | None) -> tu
     return *own, {"files": config.data, "fingerprint": own[0].fingerprint()}
 
 
+def dry_run(name: str, run: Path, given: dict, resume: bool) -> None:
+    """Print what a stage would train and need."""
+    import plan  # here: what it imports takes a second
+
+    config, worlds, init = settings(name, run, given, resume)
+    start = checkpoint.open_checkpoint(init) if init else None
+    dataset = open_data(config, worlds, start)[0]
+    if start:
+        check_size(start, config.preset)
+    plan.tell(name, config, dataset, start)
+
+
 def start_run(name: str, out: str, given: dict, resume: bool) -> None:
     """Check what is cheap to check, write run.json, and train; one process a folder."""
     if not out:
@@ -594,9 +590,7 @@ def run(args: argparse.Namespace) -> None:
     out = given.pop("out", "")
     join()
     if dry:
-        import plan  # it imports this file, and only this needs it
-
-        plan.dry_run(stage, Path(out), given, resume)
+        dry_run(stage, Path(out), given, resume)
     elif stage == "curves":
         curves(runs, out)
     elif stage == "all":
