@@ -193,6 +193,19 @@ class Stopped(Exception):
     """SIGTERM: the run was saved and ends well."""
 
 
+def accumulate(stage: Stage, config: TrainConfig, batch: list, step: int, autocast) -> dict:
+    """Add up the gradients of this process's micro-batches -> the sums of their losses."""
+    rank, ranks = rank_and_world()
+    sums, generator = {}, torch.Generator(config.device)
+    for number in range(rank, len(batch), ranks):
+        generator.manual_seed(noise_seed(config.seed, step, number))
+        with autocast:
+            losses = stage.losses(to(batch[number], config.device), step, generator)
+        (losses["loss"] if ranks == 1 else for_all(losses["loss"], stage.model)).backward()
+        sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
+    return sums
+
+
 def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.Dataset,
           run: Path, start: Checkpoint | None, about: dict, saved: Path | None = None) -> None:
     """Run one stage to its last step, in the folder `run`, or on from a save of it, which then is
@@ -233,7 +246,6 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     ))
     log, stopping = Log(path, name, config), []
     before = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    generator = torch.Generator(device)
     try:
         steps = range(first, config.steps)
         for step in tqdm(steps, name, config.steps, initial=first, disable=rank > 0):
@@ -242,13 +254,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
             waited = time.time() - waited
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            sums = {}
-            for number in range(rank, len(batch), ranks):
-                generator.manual_seed(noise_seed(config.seed, step, number))
-                with autocast:
-                    losses = stage.losses(to(batch[number], device), step, generator)
-                (losses["loss"] if ranks == 1 else for_all(losses["loss"], model)).backward()
-                sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
+            sums = accumulate(stage, config, batch, step, autocast)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
             update_average(average, model, config.ema, step)
