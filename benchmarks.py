@@ -11,7 +11,7 @@ how fast this code is.
     python evaluate.py bench hpsv2 anime.json concept-art.json paintings.json photo.json --out DIR
 
 Figures have the units of the official scorers; a rule that looks odd is theirs. Reading order: a
-reader and a scorer for each benchmark, the model, pictures, answers, command line.
+reader and a scorer for each benchmark, the model, pictures, answers, speed, command line.
 """
 
 import argparse
