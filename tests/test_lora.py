@@ -342,6 +342,7 @@ def test_a_dry_run_foretells_a_real_step(tmp_path, monkeypatch, case):
     found, real = plan.figures(name, config, World(), begin), measured(name, config, init)
     for key in ("weights", "gradients", "optimiser", "average"):
         assert found["memory"][key] == pytest.approx(real[key], rel=0.1), key
+    assert sum(found["memory"].values()) == found["peak"]
     held = sum(found["memory"][key] for key in ("weights", "optimiser", "average"))
     held += found["memory"]["gradients"] * (config.micro_batches > 1)
     assert found["peak"] - held == pytest.approx(real["step"], rel=0.1)

@@ -419,6 +419,13 @@ def test_two_micro_batches_are_one(road, tmp_path):
         close(state(runs[1])["average"][n], p, 2e-4)
 
 
+def test_micro_batches_hold_examples_of_like_length(road):
+    stage = make_stage("posttrain", road["posttrain"], batch_size=16, micro_batches=4)
+    parts = [(b.tokens != 1).sum(1) for b in stage.batch(World(), 0)]  # without padding
+    assert len(parts) == 4 and parts[0].max() < parts[3].min()
+    assert all(a.max() <= b.min() for a, b in itertools.pairwise(parts))
+
+
 def test_data_depend_on_seed_and_step_alone(road, tmp_path):
     runs = [run_stage("posttrain", tmp_path / str(n), road["posttrain"], workers=n) for n in (0, 2)]
     assert same(*map(state, runs))
