@@ -360,6 +360,13 @@ def page(results: dict) -> str:
         own = ARMS[name]
         commands = f"the models of {own}" if isinstance(own, str) else f"`{'; '.join(own) or '-'}`"
         lines.append(f"| {name} | {commands} | {' | '.join(cells)} |")
+    lines += ["", "| autoencoder | pictures | PSNR, dB | SSIM | readable |", "|---" * 5 + "|"]
+    for name in (n for n in ARMS if n in results):
+        reports = [run["autoencoder"] for run in results[name].values() if "autoencoder" in run]
+        for kind in reports[0] if reports else ():
+            psnr, ssim, readable = (np.mean([report[kind][figure] for report in reports])
+                                    for figure in ("psnr", "ssim", "readable"))  # fmt: skip
+            lines.append(f"| {name} | {kind} | {psnr:.1f} | {ssim:.3f} | {readable:.1%} |")
     for name in ("orthus", "squared error"):
         if (drawn := RESULTS.with_name(f"{name.replace(' ', '_')}.png")).is_file():
             lines += ["", f"Eight times \"a red circle\", {name}:", "",
