@@ -389,14 +389,17 @@ def write_page(results: dict) -> None:
 
 
 def archive() -> None:
-    """What is worth keeping of the runs: their logs in one file, and the pictures of appendix C."""
-    if not RUNS.is_dir():  # the page may be written anew where nothing was run
-        return
-    with gzip.open(RESULTS.with_name("logs.jsonl.gz"), "wt", encoding="utf-8") as file:
-        for path in sorted(RUNS.rglob("log.jsonl")):
-            run = {"run": str(path.parent.relative_to(RUNS))}
-            for line in path.read_text(encoding="utf-8").splitlines():
-                file.write(json.dumps(run | json.loads(line)) + "\n")
+    """What is worth keeping of the runs: their logs in one file, and the pictures of appendix C.
+    What was kept of runs that are no longer there stays."""
+    kept, logs = RESULTS.with_name("logs.jsonl.gz"), {}
+    if kept.is_file():
+        for line in gzip.open(kept, "rt", encoding="utf-8"):
+            logs.setdefault(json.loads(line)["run"], []).append(line)
+    for path in RUNS.rglob("log.jsonl"):
+        run, lines = str(path.parent.relative_to(RUNS)), path.read_text(encoding="utf-8")
+        logs[run] = [json.dumps({"run": run} | json.loads(x)) + "\n" for x in lines.splitlines()]
+    with checkpoint.whole_file(kept) as file:
+        file.write(gzip.compress("".join(sum(map(logs.get, sorted(logs)), [])).encode(), mtime=0))
     for name in ("orthus", "squared error"):
         if (drawn := RUNS / name / "0" / "posttrain" / "alike.png").is_file():
             shutil.copy(drawn, RESULTS.with_name(f"{name.replace(' ', '_')}.png"))

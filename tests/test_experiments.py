@@ -1,8 +1,10 @@
 """experiments.py: arms run once, on the same examples; verdicts follow intervals."""
 
 import dataclasses
+import gzip
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -105,5 +107,10 @@ def test_arms_run_once_and_the_page_is_written_from_what_was_kept(
     assert experiments.log_likelihood(pipeline, world, 0) == pytest.approx(uniform)
     assert uniform - 1 < results["nothing"]["0"]["log-likelihood"] < 0
     monkeypatch.setattr(train, "run", None)  # nothing is trained again
+    kept = (tmp_path / "experiments" / "logs.jsonl.gz").read_bytes()
+    runs = {json.loads(line)["run"] for line in gzip.decompress(kept).splitlines()}
+    assert "start/chameleon" in runs and "stage 1 alone/0/base" in runs
+    shutil.rmtree(tmp_path / "runs")  # nor are logs lost with their runs
     assert run_main(experiments, *flags)[0] in (0, None)
     assert (tmp_path / "RESULTS.md").read_text() == text
+    assert (tmp_path / "experiments" / "logs.jsonl.gz").read_bytes() == kept
