@@ -34,9 +34,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import checkpoint
+from checkpoint import read_json, read_lines
 from data import Segment, read_prompt, to_tensor
 from orthus import DiffusionHead, KVCache, Orthus, OrthusConfig, guide
-from sample import Answer, Request, generate, load, pick_device
+from sample import Answer, Request, generate, load
 
 Figures = dict[str, dict[str, float]]  # rows of a table
 
@@ -48,19 +49,6 @@ class Question:
     text: str
     truth: object
     answer: str | None = None
-
-
-def read_lines(path: Path) -> list[tuple[str, object]]:
-    """A jsonl file -> where each object stands, for complaints, and the object."""
-    lines = [(f"{path} line {n}", line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1)]
-    return [(at, checkpoint.parse_json(line, at)) for at, line in lines if line.strip()]
-
-
-def read_json(path: Path, kind: type = dict):
-    item = checkpoint.parse_json(path.read_bytes(), path)
-    if not isinstance(item, kind):
-        raise ValueError(f"{path} is {item!r:.40}, not a {kind.__name__}; give the published file")
-    return item
 
 
 def take(item: object, where: str | Path, **kinds: type) -> list:
@@ -343,7 +331,7 @@ def score_mmmu(questions: list[Question]) -> Figures:
 
 def ask(prompts: list[tuple[str, list[Path], int]], args, **options) -> Iterator[Answer]:
     """Answers to texts with images and seeds, a batch at a time. Nothing asked: nothing loaded."""
-    pipeline = load(args.checkpoint, pick_device(args.device)) if prompts else None
+    pipeline = load(args.checkpoint, checkpoint.pick_device(args.device)) if prompts else None
     with tqdm(total=len(prompts), unit="answer") as bar:
         for first in range(0, len(prompts), args.batch_size):
             part = prompts[first : first + args.batch_size]
@@ -503,7 +491,7 @@ def seconds(run: Callable) -> float:
 @torch.inference_mode()
 def speed(args: argparse.Namespace) -> None:
     """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
-    pipeline = load(args.checkpoint, pick_device(args.device))
+    pipeline = load(args.checkpoint, checkpoint.pick_device(args.device))
     model, config, head = pipeline.model, pipeline.model.config, pipeline.model.image_head
     if not isinstance(head, DiffusionHead):
         raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")

@@ -126,13 +126,25 @@ def parse_json(text: str, source):
         raise ValueError(f"{source} is not valid JSON ({error}); is it half-written?") from None
 
 
-def read_json(path: Path) -> dict:
+def read_text(path: Path) -> str:
+    """Bytes that are not UTF-8 become surrogates, which no field takes."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing, or no file; is the checkpoint half-written?")
-    content = parse_json(path.read_text(encoding="utf-8", errors="surrogateescape"), path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {content!r:.40}, not an object with named entries")
+        raise ValueError(f"{path} is missing, or no file; give a whole one")
+    return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def read_json(path: Path, kind: type = dict):
+    content = parse_json(read_text(path), path)
+    if not isinstance(content, kind):
+        wanted = "an object with named entries" if kind is dict else "a list"
+        raise ValueError(f"{path} holds {content!r:.40}; want {wanted}")
     return content
+
+
+def read_lines(path: Path) -> list[tuple[str, object]]:
+    """A jsonl file -> where each value stands, for complaints, and the value."""
+    lines = [(f"{path} line {n}", line) for n, line in enumerate(read_text(path).split("\n"), 1)]
+    return [(where, parse_json(line, where)) for where, line in lines if line.strip()]
 
 
 def read_file(path: Path) -> Tensors:
@@ -409,6 +421,18 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, names=None) -> None:
             more = {"type": inner[0], "nargs": "+" if ... in inner else len(inner), "metavar": "X"}
         help = f.metadata.get("help", "")
         parser.add_argument("--" + f.name.replace("_", "-"), help=help, **more)
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is an accelerator where PyTorch finds one, else the CPU."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # raises on what is not there, or holds no numbers
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        raise ValueError(f"device {name!r} is not to be had here; try --device cpu") from None
 
 
 def command_line(prog: str, action: Callable[[], None], interrupted: str = "interrupted") -> None:

@@ -19,8 +19,8 @@ import os
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import checkpoint
+from checkpoint import within
 from orthus import OrthusConfig
 
 # --- Conversations, the layout of one sequence, batches ------------------------------------------
@@ -101,7 +102,8 @@ class Batch:
     images: Tensor
 
     def to(self, device) -> "Batch":
-        return Batch(*(getattr(self, f).to(device) for f in ("tokens", "labels", "images")))
+        names = "tokens", "labels", "images"
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def collate(sequences: list[Sequence], config: OrthusConfig, resolution: int,
@@ -182,6 +184,11 @@ class Tokenizer:
             return self.pieces.decode([i for i in ids if i not in self.reserved])
         last = self.first_id + len(self.pieces) - 1
         return self.pieces.decode([i - self.first_id + 1 for i in ids if self.first_id <= i < last])
+
+
+def words_of(texts: Iterable[str]) -> set[str]:
+    said = (word for text in texts for word in text.replace("<image>", " ").split())
+    return {word.strip(".,?!;:\"'") for word in said} - {""}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
@@ -267,6 +274,27 @@ def read_prompt(text: str, images: list[str]) -> list[Segment]:
         open_image(path)
     return [Segment(Path(next(paths)) if piece == "<image>" else piece)
             for piece in pieces if piece.strip()]  # fmt: skip
+
+
+@dataclass
+class RequestLine:
+    """A line of a --requests file: text, paths, and a seed where it has its own."""
+
+    prompt: str
+    images: list[str] = field(default_factory=list)
+    seed: int | None = within(None, 0, 2**31)
+
+    def __post_init__(self):
+        checkpoint.check_fields(self)
+        self.segments = read_prompt(self.prompt, self.images)
+
+
+def read_requests(path: str) -> list[RequestLine]:
+    lines = checkpoint.read_lines(Path(path))
+    requests = [checkpoint.build(RequestLine, line, where) for where, line in lines]
+    if not requests:
+        raise ValueError(f"requests file {path} holds no request")
+    return requests
 
 
 def to_tensor(image: Path | Image.Image, size: int, hub_pixels: bool = False) -> Tensor:
@@ -498,9 +526,7 @@ def read_rows(path: Path, kind: str, folder: Path) -> Iterator[tuple[str, object
         for inner in sorted(p for p in path.iterdir() if p.is_dir()):
             yield repr(inner.name), (folder / inner.name, inner / "prompt.json")
     elif kind == "llava":
-        rows = checkpoint.parse_json(path.read_bytes(), path)
-        if not isinstance(rows, list):
-            raise ValueError(f"{path} holds no list, which format llava wants; give one")
+        rows = checkpoint.read_json(path, list)
         yield from ((f"entry {number}", row) for number, row in enumerate(rows, 1))
     else:
         with open(path, "rb") as file:

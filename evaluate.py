@@ -31,7 +31,7 @@ from tqdm import tqdm
 import benchmarks
 import shapes
 from data import Segment, sheet, to_image, to_tensor
-from sample import Answer, Options, Pipeline, Request, generate, load, pick_device
+from sample import Answer, Options, Pipeline, Request, generate, load
 from shapes import Example, Shapes, ShapesConfig, Thing
 from vae import VQVAE
 
@@ -509,7 +509,8 @@ def run_shapes(args: argparse.Namespace) -> None:
         raise ValueError(f"--json {args.json} is not a file in a folder that exists")
     if args.samples:
         args.samples.mkdir(parents=True, exist_ok=True)
-    counts, device = {name: getattr(args, name) for name in COUNTS}, pick_device(args.device)
+    counts = {name: getattr(args, name) for name in COUNTS}
+    device = checkpoint.pick_device(args.device)
     names = "batch_size", "steps", "cfg_scale", "cfg_image"
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     runs = []

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoint
 import lora
-from sample import pick_device
 from stages import Stage, TrainConfig
 
 # --- The machine ---------------------------------------------------------------------------------
@@ -41,10 +41,13 @@ def dtype_name(config: TrainConfig, device: torch.device) -> str:
 
 def choose_machine(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the products; one line says which and why."""
-    device = pick_device(config.device)
+    device = checkpoint.pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     native, name = has_fast_bf16(device), dtype_name(config, device)
+    unfused = (device.type, name) == ("cpu", "bfloat16")  # where attention's own backward is slow
+    torch.backends.cuda.enable_flash_sdp(not unfused)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(unfused)
     why = f"bf16 is {'' if native else 'not '}native here" if config.dtype == "auto" else "as asked"
     tqdm.write(f"device {device}, {name} products ({why}), optimizer {config.optimizer}, "
                f"{torch.get_num_threads()} CPU threads")

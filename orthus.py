@@ -29,6 +29,7 @@ from torch import Generator, Tensor, nn
 
 import checkpoint
 from checkpoint import within
+from vae import closeness
 
 
 @dataclass
@@ -198,6 +199,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = HeadNorm((heads, width)), HeadNorm((kv_heads, width))
 
     def forward(self, x, cos, sin, bias, slots, cache: KVCache | None) -> Tensor:
+        """bias (B, 1, T, all slots): 0 where a position is seen, -inf where it is not."""
         q = self.q_proj(x).unflatten(-1, self.q_norm.weight.shape)  # (B, T, H, width)
         k = self.k_proj(x).unflatten(-1, self.k_norm.weight.shape)  # (B, T, KV, width)
         v = self.v_proj(x).unflatten(-1, self.k_norm.weight.shape).transpose(1, 2)
@@ -205,19 +207,9 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)
         if cache is not None:
             k, v = cache.write(self.layer, slots, k, v)
-        return self.o_proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """(B, H, T, width), (B, KV, slots, width) twice; bias (B, 1, T, slots), -inf: not seen."""
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms give fp32
-    if torch.is_grad_enabled() and q.device.type == "cpu" and k.shape[2] <= 256:
-        # short sequences on a CPU: the fused kernel's backward is several times slower than this
-        group = q.unflatten(1, (k.shape[1], -1))  # (B, KV, H / KV, T, width)
-        scores = (group * q.shape[-1] ** -0.5) @ k[:, :, None].transpose(-1, -2)
-        return ((scores + bias[:, None]).softmax(-1) @ v[:, :, None]).flatten(1, 2)
-    is_grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=is_grouped)
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -270,13 +262,8 @@ class VisionEmbedding(nn.Module):
             self.codebook = nn.Embedding(config.num_codes, config.latent_channels)
 
     def logits(self, latents: Tensor) -> Tensor:
-        """(N, C) -> (N, K): -|v - c_j|^2 up to the term |v|^2, which no softmax or argmax sees.
-
-        In fp32 whatever comes in: bf16 distances change the nearest code of many latents.
-        """
-        with torch.autocast(latents.device.type, enabled=False):
-            codebook = self.codebook.weight.float()
-            return 2 * latents.float() @ codebook.T - codebook.square().sum(-1)
+        """(N, C) -> (N, K): -|v - c_j|^2, but for a term that is the same for all codes."""
+        return closeness(latents, self.codebook.weight)
 
     def codes(self, latents: Tensor) -> Tensor:
         """(N, C) -> (N,) nearest codes (eq. 1)."""
@@ -646,9 +633,7 @@ class Orthus(nn.Module):
         every, here = torch.arange(seen.shape[1], device=x.device), slots[:, None, :, None]
         # a position always sees itself: a softmax over nothing would be NaN
         mask = (seen[:, None, None] & (every <= here)) | (every == here)  # (B, 1, T, slots)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        bias = torch.zeros(mask.shape, device=x.device, dtype=dtype).masked_fill(~mask, -math.inf)
+        bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)
         for layer in self.layers:
             x = layer(x, cos, sin, bias, slots, cache)
         return self.norm(x)

@@ -28,7 +28,6 @@ import data
 from checkpoint import Checkpoint
 from optim import contents, dtype_name, make_optimizer, trained, update_average
 from orthus import Orthus, OrthusConfig
-from sample import pick_device
 from stages import GENERATION, STAGES, UNCONDITIONAL, MicroBatch, TrainConfig, asdict, examples
 from vae import VQVAE, VQVAEConfig
 
@@ -164,7 +163,8 @@ def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkp
 
 def tell(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkpoint | None) -> None:
     """Print what a stage will train and need."""
-    config = dataclasses.replace(config, dtype=dtype_name(config, pick_device(config.device)))
+    device = checkpoint.pick_device(config.device)
+    config = dataclasses.replace(config, dtype=dtype_name(config, device))
     if not start and name != "vae":
         some = [s for i in range(64) for s in dataset.example(i) if not s.is_image]
         start = blank(name, config.preset, [s.content for s in some])

@@ -30,8 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import within
-from data import Segment, Sequence, Tokenizer, captioned, collate, enlarge, layout, read_prompt
-from data import sheet, to_image
+from data import (Segment, Sequence, Tokenizer, captioned, collate, enlarge, layout, read_prompt,
+                  read_requests, sheet, to_image, words_of)
 from orthus import KVCache, Orthus, OrthusConfig
 from vae import VQVAE
 
@@ -137,11 +137,7 @@ def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None,
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     autoencoder = VQVAE.from_pretrained(other, device, torch.float32).eval()
     model = Orthus.from_pretrained(source, device, dtype).eval()
-    for name in ("latents_per_image", "latent_channels", "num_codes"):
-        ours, theirs = getattr(model.config, name), getattr(autoencoder.config, name)
-        if ours != theirs:
-            raise ValueError(f"{name} is {ours} in the model of {directory}, but {theirs} in the "
-                             f"autoencoder of {vae or directory}; give --vae with its own one")
+    autoencoder.config.check_fits(model.config, f"that of {vae or directory}")
     defaults = checkpoint.build(Generation, source.section("generation"), source)
     if compile:
         compile_steps(model)
@@ -430,55 +426,12 @@ def generate(pipeline: Pipeline, requests: list[Request], batch_size: int = 16,
     return [row.answer for row in rows]
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is an accelerator where PyTorch finds one, else the CPU."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # raises on what is not there, or holds no numbers
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        raise ValueError(f"device {name!r} is not to be had here; try --device cpu") from None
-
-
 # --- Command line --------------------------------------------------------------------------------
-
-
-@dataclass
-class RequestLine:
-    """A line of a --requests file: text, paths, and a seed where it has its own."""
-
-    prompt: str
-    images: list[str] = field(default_factory=list)
-    seed: int | None = within(None, 0, 2**31)
-
-    def __post_init__(self):
-        checkpoint.check_fields(self)
-        self.segments = read_prompt(self.prompt, self.images)
-
-
-def read_requests(path: str, seed: int) -> list[tuple[str, Request]]:
-    """Each line's prompt as text and as a Request. Bytes that are not UTF-8 become surrogates,
-    which no field takes."""
-    if not Path(path).is_file():
-        raise ValueError(f"requests file {path} does not exist, or is no file")
-    requests, text = [], Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    for number, content in enumerate(text.split("\n"), 1):
-        if content.strip():
-            where = f"{path} line {number}"
-            line = checkpoint.build(RequestLine, checkpoint.parse_json(content, where), where)
-            own = seed if line.seed is None else line.seed
-            requests.append((line.prompt, Request(line.segments, own)))
-    if not requests:
-        raise ValueError(f"requests file {path} holds no request")
-    return requests
 
 
 def warn_unknown_words(texts: set[str], words: list[str]) -> None:
     """A small model knows few words: name those it never saw."""
-    said = {word.strip(".,?!;:\"'") for t in texts for word in t.replace("<image>", " ").split()}
-    if words and (unknown := sorted(said - set(words) - {""})):
+    if words and (unknown := sorted(words_of(texts) - set(words))):
         names = ", ".join(map(repr, unknown))
         print(f"warning: the model never saw {names}; it knows: {' '.join(words)}", file=sys.stderr)
 
@@ -622,14 +575,15 @@ def budget_line(pipeline: Pipeline, rows: list[Row], most: int | None) -> str:
 
 def run(args: argparse.Namespace) -> None:
     started = time.time()
-    device, output = pick_device(args.device), Path(args.output)
+    device, output = checkpoint.pick_device(args.device), Path(args.output)
     if not args.output or (output.exists() and not output.is_dir()):
         raise ValueError(f"--output is {args.output!r}, not a directory; give one")
     results = output / "results.jsonl"
     if args.requests:
         if os.path.realpath(results) == os.path.realpath(args.requests):
             raise ValueError(f"the answers would overwrite {args.requests}; give another --output")
-        requests = read_requests(args.requests, args.seed)
+        requests = [(r.prompt, Request(r.segments, args.seed if r.seed is None else r.seed))
+                    for r in read_requests(args.requests)]  # fmt: skip
     else:
         prompts = [(text, read_prompt(text, args.image)) for text in args.prompt or [""]]
         seeds = range(args.seed, args.seed + args.num_images)

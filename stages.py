@@ -502,26 +502,17 @@ class Encoded(list):
                       for text, output in segments] for segments in texts]  # fmt: skip
 
 
-def words_of(texts: list[str]) -> set[str]:
-    return {word.strip(".,?!") for text in texts for word in text.split()} - {""}
-
-
 def chameleon_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -> Stage:
     """The discrete ancestor, from scratch: nearest codes in, image tokens out (eq. 1, 2)."""
     sizes = OrthusConfig.preset(config.preset, vision_embedding="argmin", image_head="tokens")
-    fields, vae = start.section("vae"), start.tensors("vae")
-    fields = fields | {"latents_per_image": VQVAEConfig(**fields).latents_per_image}
-    for name in ("num_codes", "latent_channels", "latents_per_image"):
-        if fields[name] != getattr(sizes, name):
-            raise ValueError(f"{name} is {fields[name]} in the autoencoder of {start}, but "
-                             f"{getattr(sizes, name)} in preset {config.preset}; give one of that")
-    model = Orthus(sizes)
-    model.vision_embedding.codebook.weight.data.copy_(vae["quantize.embedding.weight"])
+    VQVAEConfig(**start.section("vae")).check_fits(sizes, f"that of {start}")
+    model, codebook = Orthus(sizes), start.tensors("vae")["quantize.embedding.weight"]
+    model.vision_embedding.codebook.weight.data.copy_(codebook)
     model.vision_embedding.codebook.requires_grad_(False)
     texts = [*dataset.texts(), UNCONDITIONAL]
     pieces = sizes.vocab_size - sizes.image_id  # what the vocabulary has left, and the unknown
     tokenizer = data.train_tokenizer(texts, pieces)
-    generation = asdict(dataclasses.replace(GENERATION, words=sorted(words_of(texts))))
+    generation = asdict(dataclasses.replace(GENERATION, words=sorted(data.words_of(texts))))
     return orthus_stage(config, start, model.to(config.device), tokenizer, generation)
 
 
@@ -605,7 +596,7 @@ def posttrain_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bo
     place(model, config)
     tokenizer, generation = start.tokenizer.read_bytes(), start.section("generation")
     if config.data and generation.get("words"):  # a small model that will know more of them
-        generation["words"] = sorted({*generation["words"], *words_of(dataset.texts())})
+        generation["words"] = sorted({*generation["words"], *data.words_of(dataset.texts())})
     return orthus_stage(config, start, model, tokenizer, generation)
 
 

@@ -44,10 +44,10 @@ from optim import (Optimizers, choose_machine, contents, for_all, join, keep_mem
                    learning_rate, make_optimizer, rank_and_world, shard, shard_like, trained,
                    update_average)
 from orthus import DiffusionHead, OrthusConfig
-from sample import Generation, Pipeline, Request, generate, pick_device
+from sample import Generation, Pipeline, Request, generate
 from shapes import Shapes, ShapesConfig, shapes_texts
 from stages import (BASE_ALONE, PRESETS, STAGES, WORLDS, Encoded, MicroBatch, Stage, TrainConfig,
-                    asdict, words_of)
+                    asdict)
 from vae import VQVAEConfig
 
 # --- Runs and their saves ------------------------------------------------------------------------
@@ -179,8 +179,7 @@ class Validation:
 def to(batch, device):
     """A micro-batch, or a tuple of tensors, on a device."""
     if isinstance(batch, MicroBatch):
-        parts = (getattr(batch, name).to(device) for name in ("tokens", "labels", "images"))
-        return MicroBatch(*parts, batch.shares)
+        return batch.to(device)
     return tuple(part.to(device) for part in batch)
 
 
@@ -269,9 +268,9 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
             done = step + 1
             saves = done % config.save_every == 0 or done == config.steps or stop
             checks = done % config.validate_every == 0 or done == config.steps
-            if saves or checks or done % config.log_every == 0:  # before saving: a NaN raises
-                log.write(done, learning_rate(config, step),
-                          validation.losses(autocast) if checks else {})  # fmt: skip
+            if says := saves or checks or done % config.log_every == 0:  # first: a NaN raises
+                more = (lambda: validation.losses(autocast)) if checks else dict
+                log.write(done, learning_rate(config, step), more)
             pictures = config.pictures_every * config.validate_every * (ranks == 1)
             draws = pictures and stage.vae and validation.prompts
             if draws and (done % pictures == 0 or done == config.steps):
@@ -281,6 +280,8 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
                 save(run, stage, optimizer, average, done, about)
             if stop and done < config.steps:
                 raise Stopped
+            if says:
+                log.begin()  # so that its times are those of training alone
     except (KeyboardInterrupt, ValueError, OSError):
         saved = newest_save(run)
         where = f"goes on from {saved}" if saved else "begins anew, as nothing was saved yet"
@@ -329,14 +330,16 @@ class Log:
         self.steps, self.waited = self.steps + 1, self.waited + waited
         self.tokens += sum(b.tokens.numel() for b in batch if isinstance(b, MicroBatch))
 
-    def write(self, step: int, lr: float, more: dict[str, float]) -> None:
-        means = {key: torch.stack(v).float().mean().item() for key, v in self.sums.items()} | more
+    def write(self, step: int, lr: float, more: Callable[[], dict[str, float]]) -> None:
+        means = {key: torch.stack(v).float().mean().item() for key, v in self.sums.items()}
         seconds = time.time() - self.started
         if not math.isfinite(means["loss"] + means["grad_norm"]):
             raise ValueError(f"the loss is {means['loss']} by step {step}; begin again with a "
                              "lower --lr, or go on from a save with --resume")
-        means |= {"examples_per_second": self.steps * self.config.batch_size / seconds,
-                  "tokens_per_second": self.tokens / seconds, "waiting": self.waited / seconds}
+        means |= more() | {
+            "examples_per_second": self.steps * self.config.batch_size / seconds,
+            "tokens_per_second": self.tokens / seconds, "waiting": self.waited / seconds,
+        }  # fmt: skip
         said = " ".join(f"{key} {value:.4g}" for key, value in means.items())
         tqdm.write(f"{self.stage} {step} lr {lr:.3g} {said}")
         with open(self.path, "a", encoding="utf-8") as log:
@@ -345,7 +348,6 @@ class Log:
             for key, value in means.items():
                 self.writer.add_scalar(f"{self.stage}/{key}", value, step)
             self.writer.flush()
-        self.begin()
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -422,7 +424,7 @@ def open_data(config: TrainConfig, worlds: list, start: Checkpoint | None) -> tu
                             config.images or None, config.strict)  # fmt: skip
     if start and "model" in start.config:
         tokenizer, unknown = data.Tokenizer.from_pretrained(start), start.section("model")["unk_id"]
-        words = sorted(words_of(own[0].texts()))
+        words = sorted(data.words_of(own[0].texts()))
         if strange := [word for word in words if unknown in tokenizer.encode(word)]:
             tqdm.write(f"warning: {len(strange)} of {len(words)} words have letters that the "
                        f"tokenizer of {start} does not know ({', '.join(strange[:5])}); only a "
@@ -474,7 +476,7 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
         checkpoint.build(VQVAEConfig, start.section("vae"), start)
     if start:
         check_size(start, config.preset)
-    pick_device(config.device)
+    checkpoint.pick_device(config.device)
     *datasets, about = open_data(config, worlds, start)
     if ranks > 1:
         dist.barrier()  # all have looked at the folder

@@ -58,6 +58,13 @@ class VQVAEConfig:
         """L: latents of one image."""
         return (self.resolution // self.downsampling) ** 2
 
+    def check_fits(self, model, source) -> None:
+        """Raise ValueError where a model (OrthusConfig) was made for another autoencoder."""
+        for name in ("num_codes", "latent_channels", "latents_per_image"):
+            if (own := getattr(self, name)) != (wanted := getattr(model, name)):
+                raise ValueError(f"{name} is {wanted} in the model, but {own} in the autoencoder, "
+                                 f"{source}; give another (sample.py: --vae)")
+
     @classmethod
     def preset(cls, name: str) -> "VQVAEConfig":
         if name not in PRESETS:
@@ -216,6 +223,16 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(z)))  # (B, 3, H, W)
 
 
+def closeness(latents: Tensor, codebook: Tensor) -> Tensor:
+    """(..., C), (K, C) -> (..., K): -|z - c_j|^2 but for |z|^2, which no argmax or softmax sees.
+
+    In fp32 whatever comes in: distances in bf16 change the nearest code of many latents.
+    """
+    with torch.autocast(latents.device.type, enabled=False):
+        codebook = codebook.float()
+        return 2 * latents.float() @ codebook.T - codebook.square().sum(-1)
+
+
 class Quantizer(nn.Module):
     """The codebook, and the argmin of eq. 1 that Orthus drops."""
 
@@ -224,14 +241,8 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(config.num_codes, config.latent_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(..., C) -> (...) index of the nearest code in squared distance.
-
-        In fp32 whatever comes in: distances in bf16 change the answer for many latents. |z|^2 is
-        the same for all codes and is left out.
-        """
-        with torch.autocast(latents.device.type, enabled=False):
-            codebook = self.embedding.weight.float()  # (K, C)
-            return (2 * latents.float() @ codebook.T - codebook.square().sum(-1)).argmax(-1)
+        """(..., C) -> (...) index of the nearest code in squared distance."""
+        return closeness(latents, self.embedding.weight).argmax(-1)
 
 
 # --- The autoencoder -----------------------------------------------------------------------------

@@ -283,7 +283,7 @@ def judge(directory: Path, source: str, count: int, seed: int) -> list[list[data
             kind = f"{'trained' if wish.trained else 'held-out'} {wish.task}"
             asked.setdefault(kind, []).append(wish)
     asked = {kind: rng.sample(some, min(count, len(some))) for kind, some in asked.items()}
-    pipeline = sample.load(source, sample.pick_device("auto"))
+    pipeline = sample.load(source, checkpoint.pick_device("auto"))
     size = pipeline.vae.config.resolution
     album = Album(wishes, size)
     if album.trained.all():

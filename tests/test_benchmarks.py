@@ -301,7 +301,7 @@ def test_images_are_looked_for_first(run_main, tmp_path, star, monkeypatch):
     ("mme", "a.jpg\tIs it?\tYes\na.jpg\tIs it?\tMaybe\n", "'Maybe'.*want image, question, Yes"),
     ("mme", "a.jpg\tIs it?\tYes\nb.jpg\tIs it?\tNo\n", "two rows an image"),
     ("vqav2", "{}", "1 files; give two, questions and annotations"),
-    ("gqa", "[]", "not a dict"),
+    ("gqa", "[]", "want an object"),
     ("gqa", '{"1": {"isBalanced": true}}', "question 1 is .* 'imageId' is a str"),
     ("mmmu", '[{"id": "a_b_1", "question_type": "open"}]', "'response' is a str"),
     ("mmmu", '[{"id": "a_b_1", "question_type": "open", "response": "", "answer": 3}]', "no text"),

@@ -241,7 +241,7 @@ def judged(two, monkeypatch, run_main):
 
         pipeline = SimpleNamespace(vae=Lossy(kept), defaults=SimpleNamespace(words=[]))
         monkeypatch.setattr(emoji.sample, "load", lambda source, device: pipeline)
-        monkeypatch.setattr(emoji.sample, "pick_device", lambda name: torch.device("cpu"))
+        monkeypatch.setattr(emoji.checkpoint, "pick_device", lambda name: torch.device("cpu"))
         monkeypatch.setattr(emoji.sample, "generate", generate)
         code, out, err = run_main(emoji, two, "--judge", "model", *options)
         assert (code, err) == (0, "")

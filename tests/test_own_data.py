@@ -377,7 +377,7 @@ def test_options_that_do_not_fit_are_refused(home, options, words):
     assert words in complaint(lambda: open_all(path, **options))
     for kind in ("jsonl", "llava", "storystream"):
         assert "wants one" in complaint(lambda kind=kind: open_all(home, format=kind))
-    assert "no list" in complaint(lambda: open_all(write(home / "a", b"{}"), format="llava"))
+    assert "want a list" in complaint(lambda: open_all(write(home / "a", b"{}"), format="llava"))
 
 
 def test_a_damaged_first_line_does_not_hide_the_format(home):

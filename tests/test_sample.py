@@ -401,7 +401,8 @@ def test_photos_are_read_when_their_batch_begins(pipeline, tmp_path, monkeypatch
     picture(1).save(tmp_path / "a.png")
     lines = [json.dumps({"prompt": "What?", "images": [str(tmp_path / "a.png")]})] * 6
     (tmp_path / "r.jsonl").write_text("\n".join(lines))
-    requests = [r for _, r in sample.read_requests(str(tmp_path / "r.jsonl"), 0)]
+    read = data.read_requests(str(tmp_path / "r.jsonl"))
+    requests = [sample.Request(line.segments) for line in read]
     assert all(isinstance(s.content, Path) for r in requests for s in r.images)
     open_image, happened = data.open_image, []
     monkeypatch.setattr(data, "open_image", lambda p: happened.append("open") or open_image(p))
@@ -635,7 +636,7 @@ def test_scale_device_and_dtype(run_main, directory, tmp_path):
         args = "--checkpoint", directory, "--prompt", "a star", "--scale", scale, *flags
         assert run_main(sample, *args, "--output", tmp_path)[0] == 0
         assert Image.open(tmp_path / "0000.png").size == (64 * scale, 64 * scale)
-    assert sample.pick_device("auto").type in ("cpu", "cuda", "mps", "xpu")
+    assert checkpoint.pick_device("auto").type in ("cpu", "cuda", "mps", "xpu")
 
 
 def test_a_film_has_a_frame_for_each_latent_and_one_before(run, tmp_path):
@@ -897,7 +898,7 @@ def test_bad_requests_name_their_line(run, tmp_path):
     for line, wanted in LINES:
         path.write_text('{"prompt": "a star"}\n' + line)
         refused(run, tmp_path / "out", ["--requests", path], wanted)
-        assert "line 2" in complaint(lambda: sample.read_requests(str(path), 0))
+        assert "line 2" in complaint(lambda: data.read_requests(str(path)))
     path.write_bytes(b'{"prompt": "\xff"}')
     refused(run, tmp_path / "out", ["--requests", path], "UTF-8")
     path.write_text("\n\n")

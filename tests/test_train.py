@@ -380,6 +380,22 @@ def test_initial_values_are_those_of_the_paper(road):
 # --- The log ---
 
 
+def test_what_a_line_says_of_time_is_of_training_alone(road, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train.time, "time", lambda: now[0])
+    for owner, name, seconds in ((train, "update_average", 1), (train, "save", 100),
+                                 (train.Validation, "losses", 100)):  # fmt: skip
+        own = getattr(owner, name)
+
+        def slow(*args, own=own, seconds=seconds):
+            now[0] += seconds
+            return own(*args)
+
+        monkeypatch.setattr(owner, name, slow)
+    run = run_stage("posttrain", tmp_path / "run", road["posttrain"], steps=4, validate_every=2)
+    assert [d["examples_per_second"] for d in lines(run)] == [FAST["batch_size"]] * len(lines(run))
+
+
 def test_a_line_is_the_mean_over_its_steps(road, tmp_path):
     each, mean = (run_stage("posttrain", tmp_path / str(n), road["posttrain"], steps=4, log_every=n)
                   for n in (1, 4))  # fmt: skip
@@ -524,6 +540,7 @@ def test_the_machine_is_as_asked(monkeypatch):
         monkeypatch.setattr(optim, "has_fast_bf16", lambda device, fast=fast: fast)
         config = make_config("vae", device="cpu", dtype="auto", threads=3)
         assert optim.choose_machine(config) == (torch.device("cpu"), dtype)
+        assert torch.backends.cuda.flash_sdp_enabled() != fast  # PyTorch's own is slow in bf16
     assert threads == [3, 3]
     config = make_config("vae", device="no-such")
     assert "no-such" in complaint(lambda: optim.choose_machine(config))
