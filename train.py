@@ -222,9 +222,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
         shard(stage.model, device)
     model, optimizer = stage.model, make_optimizer(stage.model, config, dtype)
     average = {n: p.detach().clone() for n, p in trained(model).items()}
-    first = 0
-    if state:
-        average, first = restore(state, saved, stage, optimizer)
+    average, first = restore(state, saved, stage, optimizer) if state else (average, 0)
     path = Path(os.devnull) if rank else run / "log.jsonl"
     keep_log(path, first)
     if stage.vae and (config.cache_latents or hasattr(dataset, "__len__")):
@@ -470,8 +468,10 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
         raise ValueError(f"{run} is at step {int(saved.name[5:])} of {config.steps}; raise --steps")
     if name != "vae" and not (init or saved):
         raise ValueError(f"stage {name} starts from a checkpoint: give --init DIR")
-    begun_from_nothing = name == "vae" and not init
-    start = None if begun_from_nothing else checkpoint.open_checkpoint(saved or init)
+    if config.cache_latents and any(world != worlds[0][1] for _, world in worlds):
+        raise ValueError(f"cache_latents is {config.cache_latents}, which would hold the first of "
+                         f"{len(worlds)} worlds alone; leave it out, or make them one by --tasks")
+    start = checkpoint.open_checkpoint(saved or init) if init or name != "vae" else None
     if start and name != "vae" and config.preset != "7b":
         checkpoint.build(VQVAEConfig, start.section("vae"), start)
     if start:

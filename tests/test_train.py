@@ -821,6 +821,8 @@ def test_places_that_cannot_be_are_named(road, tmp_path, cli, monkeypatch):
         "--init": ["decoder", "--out", tmp_path / "run"],
         "is a file": flags(__file__, road["decoder"]),
         "preset nano": flags(tmp_path / "run", road["decoder"], "--preset", "7b"),
+        "3 worlds": ["posttrain", "--out", tmp_path / "run", "--init", road["posttrain"],
+                     "--cache-latents", "8"],
     }
     for word, args in cases.items():
         code, said = cli(*args)
