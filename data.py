@@ -130,12 +130,11 @@ class Tokenizer:
     """Text <-> token ids. Special tokens and image codes are never produced from text.
 
     The tiny model's is sentencepiece's: its pieces follow the special tokens and image codes. The
-    released models' is a tokenizer.json, whose ids are the model's: `reserved` are those that text
-    must not become and that are skipped in text. Where a prompt spells out the name of one, the
-    name is cut in two, so that the model reads it as ordinary text.
+    released models' is a tokenizer.json, whose ids are the model's. Where a prompt spells out the
+    name of a reserved one, the name is cut in two, so that the model reads it as ordinary text.
     """
 
-    def __init__(self, model: bytes, first_id: int, unk_id: int = 3, reserved=frozenset()):
+    def __init__(self, model: bytes, config: OrthusConfig):
         self.is_json = model.lstrip()[:1] == b"{"
         if self.is_json:
             import tokenizers  # each library is imported where its files are read
@@ -145,20 +144,20 @@ class Tokenizer:
             import sentencepiece
 
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.first_id, self.unk_id = first_id, unk_id  # piece 0 is sentencepiece's own unknown
-        self.reserved = frozenset(reserved) - {unk_id}
+        self.first_id, self.unk_id = config.image_id + 1, config.unk_id  # piece 0 is unknown
+        special = {value for name, value in vars(config).items() if name.endswith("_id")}
+        self.reserved = (special | {*config.image_codes}) - {self.unk_id}
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
         """The tokenizer of a checkpoint in any layout."""
         source = checkpoint.open_checkpoint(directory)
         config = checkpoint.build(OrthusConfig, source.section("model"), source)
-        path, ids = source.tokenizer, {v for k, v in vars(config).items() if k.endswith("_id")}
-        codes = range(config.image_code_start, config.image_code_start + config.num_codes)
+        path = source.tokenizer
         try:
             if not (content := path.read_bytes()):  # sentencepiece would take it
                 raise ValueError("it is empty")
-            own = cls(content, config.image_id + 1, config.unk_id, ids | {*codes})
+            own = cls(content, config)
             size = own.pieces.get_vocab_size() if own.is_json else len(own.pieces)
         except Exception as error:  # tokenizers raises nothing more special
             reason = str(error).split("\n")[0]

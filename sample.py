@@ -276,7 +276,7 @@ def write_text(pipeline: Pipeline, rows: list[Row], cache: KVCache, hidden: Tens
     hidden (cache rows, D) holds the last hidden state of each row and is brought up to date.
     """
     model, config = pipeline.model, pipeline.model.config
-    codes = slice(config.image_code_start, config.image_code_start + config.num_codes)
+    codes = model.vision_embedding.image_codes
     never = [config.bos_id, config.pad_id, config.unk_id, config.eoi_id, config.image_id]
     while rows:
         if choosing := [row for row in rows if row.forced is None]:

@@ -436,8 +436,6 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
         if getattr(config, name) is not None:
             setattr(own, name, getattr(config, name))
     model.image_head.multiplier = own.diffusion_batch_multiplier
-    reserved = frozenset(v for k, v in vars(own).items() if k.endswith("_id"))
-    words = data.Tokenizer(tokenizer, own.image_id + 1, own.unk_id, reserved | {*own.image_codes})
 
     def losses(micro: MicroBatch, step: int, generator, levels=(0, 1000)) -> dict[str, Tensor]:
         latents = micro.images
@@ -463,6 +461,7 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
     if config.compile:
         model.transformer = torch.compile(model.transformer, dynamic=True)
         model.image_head.forward = torch.compile(model.image_head.forward, dynamic=True)
+    words = data.Tokenizer(tokenizer, own)
     batch = sequence_batches(config, own, vae.config.resolution, words, images_only)
     sections = {"model": asdict(own), "vae": asdict(vae.config), "generation": generation}
     return Stage(model, "model", batch, losses, sections, vae, tokenizer)

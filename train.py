@@ -155,8 +155,7 @@ class Validation:
                  autocast) -> None:
         """Row `number` of the sheet: the fixed prompts, drawn by the averaged weights."""
         raw = {n: p.detach().clone() for n, p in trained(self.stage.model).items()}
-        own, words = self.stage.model.config, self.stage.tokenizer
-        tokenizer = data.Tokenizer(words, own.image_id + 1, own.unk_id)
+        tokenizer = data.Tokenizer(self.stage.tokenizer, self.stage.model.config)
         defaults = Generation(**self.stage.config["generation"])
         pipeline = Pipeline(self.stage.model, self.stage.vae, tokenizer, defaults)
         self.stage.model.load_state_dict(average, strict=False)

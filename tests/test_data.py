@@ -184,7 +184,7 @@ TEXTS = ["a red circle left of a blue square", "How many stars are there?", "Mak
 @pytest.mark.parametrize("trained", [False, True])
 def test_tokenizer_round_trips_text(tokenizer, trained):
     if trained:
-        tokenizer = data.Tokenizer(data.train_tokenizer(TEXTS, 250), CONFIG.image_id + 1)
+        tokenizer = data.Tokenizer(data.train_tokenizer(TEXTS, 250), CONFIG)
     for text in TEXTS:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text

@@ -38,7 +38,7 @@ def only(task, **fields):
 @pytest.fixture(scope="module")
 def tokenizer():
     texts, size = shapes.shapes_texts(ShapesConfig()), CONFIG.vocab_size - CONFIG.image_id
-    return data.Tokenizer(data.train_tokenizer(texts, size), CONFIG.image_id + 1)
+    return data.Tokenizer(data.train_tokenizer(texts, size), CONFIG)
 
 
 # --- The dataset ---

@@ -456,7 +456,7 @@ def test_a_share_of_prompts_is_dropped_for_guidance(road):
         stage = make_stage("posttrain", road["posttrain"], guidance_dropout=share, batch_size=400)
         (batch,) = stage.batch(World(), 0)
         own = stage.model.config
-        words = data.Tokenizer(stage.tokenizer, own.image_id + 1, own.unk_id)
+        words = data.Tokenizer(stage.tokenizer, own)
         texts = [words.decode(row.tolist()) for row in batch.tokens]
         plain = sum(stages.UNCONDITIONAL in text for text in texts)
         alone = sum(not text.strip() for text in texts)  # an edit without its instruction
