@@ -160,7 +160,8 @@ class KVCache:
     """
     def __init__(self, config: OrthusConfig, batch: int, length: int, device="cpu", dtype=None):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length)
-        self.keys, self.values = torch.zeros(2, *shape, config.head_dim, device=device, dtype=dtype)
+        self.keys = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
         self.visible = torch.zeros(batch, length, dtype=torch.bool, device=device)
         self.used = torch.zeros(batch, dtype=torch.long, device=device)  # slots written, by row
         self.rows = torch.arange(batch, device=device)

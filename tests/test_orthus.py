@@ -799,7 +799,6 @@ def test_latents_fill_placeholders_in_reading_order_over_the_batch(model):
 # --- Cache ---------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def cached(model: Orthus, tokens: Tensor, latents: Tensor, cuts, cache=None) -> Tensor:
     """Hidden states (B, T, D), computed in pieces that end at `cuts` and at T."""
     if cache is None:
