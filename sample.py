@@ -484,8 +484,10 @@ class Writer:
 
     def save(self, answer: Answer, image: int) -> str:
         """Write an image under the next number that no image of a prompt has, and its film."""
-        while os.path.realpath(path := self.output / f"{self.count:04d}.png") in self.inputs:
+        while self.inputs & {os.path.realpath(self.output / f"{self.count:04d}.{ending}")
+                             for ending in ("png", "gif")}:  # fmt: skip
             self.count += 1
+        path = self.output / f"{self.count:04d}.png"
         with checkpoint.whole_file(path) as file:
             enlarge(answer.images[image], self.scale).save(file, "PNG")
         if self.film:
@@ -502,8 +504,8 @@ class Writer:
         while self.turn < len(self.answers):
             self.write(over=True)
         lines, rows = [], []
-        everything = zip(self.requests, self.answers, self.names, strict=True)
-        for (_, request), answer, names in everything:
+        together = zip(self.requests, self.answers, self.names, strict=True)
+        for (_, request), answer, names in together:
             if answer.images and len(answer.segments) > 1:
                 asked = ["`<image>`" if s.is_image else s.content for s in request.prompt]
                 links = (f"![]({Path(name).name})" for name in names)

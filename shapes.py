@@ -510,7 +510,7 @@ class Shapes:
 
 
 @functools.cache
-def shapes_texts(config: ShapesConfig | None = None) -> list[str]:
+def shapes_texts(config: ShapesConfig) -> list[str]:
     """What a Shapes world may say, the unseen combinations too: what a tokenizer learns from."""
     world = Shapes(0, config, allow_unseen=True)
     said = (segment.content for i in range(4000) for segment in world.example(i))

@@ -730,12 +730,14 @@ def test_ctrl_c_keeps_what_is_finished(run, tmp_path, monkeypatch, prompts):
     assert names(tmp_path) == {*pictures, "story.md", "story.png"}
 
 
-def test_an_answer_does_not_overwrite_its_own_picture(run, tmp_path):
-    picture(3).save(tmp_path / "0000.png")
-    before = (tmp_path / "0000.png").read_bytes()
-    run("--image", tmp_path / "0000.png", "--min-images", 1, "--max-images", 1,
+@pytest.mark.parametrize("name", ["0000.png", "0000.gif"])
+def test_an_answer_does_not_overwrite_its_own_picture(run, tmp_path, name):
+    picture(3).save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    run("--image", tmp_path / name, "--min-images", 1, "--max-images", 1, "--film",
         "--output", tmp_path)  # fmt: skip
-    assert (tmp_path / "0000.png").read_bytes() == before and (tmp_path / "0001.png").is_file()
+    assert (tmp_path / name).read_bytes() == before
+    assert names(tmp_path) - {"story.md", "story.png"} == {name, "0001.png", "0001.gif"}
 
 
 @pytest.mark.parametrize("images", [0, 2])
