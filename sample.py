@@ -468,8 +468,7 @@ class Writer:
             lines = [next(paths) + seed if s.is_image else s.content for s in answer.segments]
             in_text = not (answer.drawing or (answer.segments and answer.segments[-1].is_image))
             said = "\n".join(lines) + (seed if over and in_text else "")
-            if over or not in_text:  # else the line may go on
-                said += "\n"
+            said += "\n" * (over or not in_text)  # else the line may go on
             print(said[self.letters :], end="", flush=True)
             self.letters = len(said)
         if over:

@@ -371,7 +371,7 @@ def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConf
     before = {"init": "", "config": {"preset": preset}}
     if resume:
         before = checkpoint.read_json(run / "run.json")
-        if before.get("stage") != name or not before.get("world"):
+        if before.get("stage") != name:
             raise ValueError(f"{run} is a run of stage {before.get('stage')!r}, not {name}")
     elif name not in PRESETS.get(preset, {}):
         known = ", ".join(p for p in PRESETS if name in PRESETS[p])
@@ -471,7 +471,7 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
         raise ValueError(f"cache_latents is {config.cache_latents}, which would hold the first of "
                          f"{len(worlds)} worlds alone; leave it out, or make them one by --tasks")
     start = checkpoint.open_checkpoint(saved or init) if init or name != "vae" else None
-    if start and name != "vae" and config.preset != "7b":
+    if name != "vae" and config.preset != "7b":
         checkpoint.build(VQVAEConfig, start.section("vae"), start)
     if start:
         check_size(start, config.preset)

@@ -379,10 +379,10 @@ def parsed(*args: str) -> argparse.Namespace:
 
 
 def test_flags_follow_the_fields():
-    line = "--size 7 --share 0.25 --limit 0 --kind b --widths 3 4 --pair 1 2 --mix a=0.5,b --no-on"
+    line = "--size 7 --share 0.5 --limit 0 --kind b --widths 1 2 3 --pair 1 2 --mix a=0.5,b --no-on"
     args = parsed(*line.split())
-    assert (args.size, args.share, args.limit, args.kind, args.on) == (7, 0.25, 0, "b", False)
-    assert (args.widths, args.pair, args.mix) == ([3, 4], [1.0, 2.0], {"a": 0.5, "b": 1.0})
+    assert (args.size, args.share, args.limit, args.kind, args.on) == (7, 0.5, 0, "b", False)
+    assert (args.widths, args.pair, args.mix) == ([1, 2, 3], [1.0, 2.0], {"a": 0.5, "b": 1.0})
     assert set(vars(parsed()).values()) == {None}  # what is not given is None
     some = checkpoint.Parser()
     checkpoint.add_flags(some, Fields, ["size"])

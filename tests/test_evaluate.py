@@ -4,6 +4,7 @@ the tasks with perfect and with broken models, the command line."""
 import json
 import math
 import random
+import types
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -271,6 +272,7 @@ def test_the_truth_is_right_and_silence_is_wrong(task, answers):
     assert len([v for v in verdicts if v.row == UNSEEN]) == (5 if task == "text_to_image" else 0)
     sheet = evaluate.contact_sheet(verdicts)
     assert sheet.width > 10 * 3 * 64 or task == "in_context"
+    assert sheet.width <= 12 * 200 + 8
     verdicts = answers(task, lambda example: [], count=12)
     assert verdicts and not any(v.right for v in verdicts)
     assert all(v.kept is None for v in verdicts)
@@ -388,8 +390,20 @@ def test_autoencoder_alone_from_the_command_line(untrained, run_main, tmp_path, 
     code, out, _ = run_main(evaluate, "shapes", *arguments, *flags)
     runs = json.loads(file.read_text())["seeds"]
     row = runs[1]["autoencoder"]["continuous"]
-    assert code == 0 and "quantised" in out and [run["seed"] for run in runs] == [1, 2]
+    assert code == 0 and "quantised" in out and "over seeds 1, 2" in out
+    assert [run["seed"] for run in runs] == [1, 2]
     assert row["readable"] == 0 and math.isfinite(row["psnr"]) and -1 <= row["ssim"] <= 1
+
+
+def test_an_autoencoder_that_gives_back_what_it_gets_is_perfect():
+    same = lambda x: x
+    perfect = types.SimpleNamespace(
+        config=VQVAEConfig.preset("tiny"), parameters=lambda: iter([torch.zeros(1)]), encode=same,
+        quantize=same, lookup=torch.zeros_like, decode=same,
+    )  # fmt: skip
+    rows = evaluate.autoencoder_report(perfect, Shapes(0), 0, 6)
+    assert rows["continuous"] == dict(psnr=math.inf, ssim=pytest.approx(1), readable=1, digits=1)
+    assert rows["quantised"]["psnr"] < 20 and rows["quantised"]["readable"] == 0
 
 
 def test_the_shipped_model_from_a_function_call(tmp_path):

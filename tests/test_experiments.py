@@ -55,6 +55,9 @@ def test_seeds_that_disagree_widen_the_interval():
     mean, half, seeds = experiments.compare(ours, theirs, "text to image", ("", ""))
     assert seeds == ["0", "1"] and mean == 0
     assert half == pytest.approx(12.71 * np.std([100, -100], ddof=1) / np.sqrt(2))
+    ours, theirs = ({seed: record(bits) for seed in "01"} for bits in ("1101", "1001"))
+    _, half, _ = experiments.compare(ours, theirs, "text to image", ("", ""))  # seeds that agree
+    assert half == pytest.approx(1.96 * np.std([0, 100, 0, 0]) / np.sqrt(8))
 
 
 def test_a_verdict_is_never_stronger_than_its_interval():

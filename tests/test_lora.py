@@ -386,7 +386,8 @@ def test_a_dry_run_is_of_a_stage_and_everything_else_wants_a_folder(run_main, tm
     assert code == 2 and "--out" in said
 
 
-def test_a_dry_run_takes_the_sizes_of_init(run_main, start, monkeypatch):
-    code, said, _ = run_main(train, "posttrain", "--dry-run", "--preset", "nano", "--init", start)
-    model = Orthus.from_pretrained(start)
+def test_a_dry_run_takes_the_sizes_of_init(run_main, tmp_path):
+    own = write_start(tmp_path / "own", "nano", head_blocks=2)
+    code, said, _ = run_main(train, "posttrain", "--dry-run", "--preset", "nano", "--init", own)
+    model = Orthus.from_pretrained(own)
     assert code == 0 and f"{sum(p.numel() for p in model.parameters()):,}" in said

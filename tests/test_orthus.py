@@ -213,8 +213,9 @@ def test_timesteps_equal_those_of_diffusers(diffusers, steps):
 
 
 def test_100_timesteps_are_999_989_to_9():
-    timesteps = NoiseSchedule("scaled_linear", True, "velocity").timesteps(100)
-    assert timesteps == list(range(999, 0, -10))
+    schedule = NoiseSchedule("scaled_linear", True, "velocity")
+    assert schedule.timesteps(100) == list(range(999, 0, -10))
+    assert "1001" in complaint(lambda: schedule.timesteps(1001))
 
 
 @pytest.mark.parametrize("betas", ["scaled_linear", "linear"])
@@ -347,6 +348,8 @@ def test_loss_noises_each_latent_as_often_as_the_multiplier_says(noised):
         assert (clean == latent).all(-1).sum() == 3
     assert len(noised["noise"].unique(dim=0)) == 15
     assert len(noised["t"].unique()) > 5
+    make_head().loss(randn(5, 32), latents, example()[2])  # once, where a level is given
+    assert torch.equal(noised["latents"], latents * 0.5)
 
 
 def test_loss_keeps_each_latent_with_its_hidden_state():
@@ -391,6 +394,7 @@ def test_head_starts_at_zero_so_its_first_loss_is_the_targets_power():
     assert (head(latents, t, hidden) == 0).all()
     target = head.schedule.target(0.5 * latents, noise, t)
     close(head.loss(hidden, latents, t, noise), target.square().mean())
+    assert 0.018 < head.time_embed.mlp[0].weight.std() < 0.022
 
 
 # --- Diffusion head: sampling --------------------------------------------------------------------

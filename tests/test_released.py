@@ -540,9 +540,11 @@ def test_what_the_hubs_layout_cannot_say_is_refused_all_at_once(chameleon, tmp_p
     other = {"model": fields | dict(image_head="diffusion", vision_embedding="softmax", tau=0.5,
                                     latent_scale=0.7), "vae": sizes | dict(groups=1)}  # fmt: skip
     blank = vae | {"quantize.embedding.weight": torch.zeros(32, 16)}
+    mixed = {"model": fields | dict(vision_embedding="softmax"), "vae": sizes}
     pieces = tmp_path / "tokenizer.model"
     for parts, wanted in (
         ((other, model, vae, tokenizer), ("groups", "tau", "latent_scale")),
+        ((mixed, model, vae, tokenizer), ("softmax + tokens",)),
         ((opened.config, model, blank, tokenizer), ("codebook",)),
         ((opened.config, model, vae, pieces), ("tokenizer.model",)),
     ):

@@ -673,6 +673,7 @@ def test_compiled_steps_draw_the_same_picture(run, tmp_path, monkeypatch):
     assert grey_levels(fast, slow) == 0 and "warning" not in warned
     assert calls.count("DiffusionHead.step") == L * 3
     assert calls.count("Orthus.step") == 1 + L + 1  # <boi>, latents, <eoi>
+    sample.compile_steps(Orthus(dataclasses.replace(CONFIG, image_head="mse")))  # has no steps
 
 
 def test_without_a_compiler_one_line_says_so(run, tmp_path, monkeypatch):
@@ -836,9 +837,11 @@ def test_links_in_the_folder_are_not_followed(run, requests_file, tmp_path):
     assert victim.read_text() == "kept" and not (out / "0000.png").is_symlink()
 
 
-def test_unknown_words_are_named(run, tmp_path):
+def test_unknown_words_are_named(run, tmp_path, capsys):
     code, _, warned = run("--prompt", "a purple dog", "--output", tmp_path)
     assert code == 0 and "'dog'" in warned and "purple" in warned.split("it knows")[1]
+    sample.warn_unknown_words({"a purple dog"}, [])  # a large model, whose words are not listed
+    assert capsys.readouterr().err == ""
 
 
 # --- One line and exit code 2 --------------------------------------------------------------------

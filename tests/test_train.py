@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, complaint
+from conftest import close, complaint, randn
 from PIL import Image
 from test_released import hub_chameleon
 
@@ -329,7 +329,26 @@ def test_what_the_decoder_reads_is_noisy(road, monkeypatch, name):
     assert 0.36 < noise.std() < 0.44
 
 
-# --- Codes ---
+# --- The autoencoder's loss, codes ---
+
+
+def test_the_reconstruction_loss_is_its_formula():
+    images, target, detail = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1), torch.zeros(2, 1, 4, 4)
+    detail[0, 0, 1:3, 1] = 1
+    error = images - target
+    across, down = error[..., 1:] - error[..., :-1], error[:, :, 1:] - error[:, :, :-1]
+    plain = (error**2).mean() + 0.1 * error.abs().mean()
+    plain += 4 * ((across**2).mean() + (down**2).mean())
+    small = (error[0, :, 1:3, 1] ** 2).mean()
+    close(stages.reconstruction_loss(images, target, detail, 0.5, 4.0), plain + 0.5 * small)
+    close(stages.reconstruction_loss(images, target, 0 * detail, 0.5, 4.0), plain)
+
+
+def test_codes_begin_at_their_step():
+    stage = make_stage("vae", quantise_from=3)
+    (batch,) = stage.batch(World(), 0)
+    parts = [stage.losses(batch, step, torch.Generator()).keys() for step in (2, 3)]
+    assert ["quantised" in names for names in parts] == [False, True]
 
 
 def test_revived_codes_start_anew_in_moments_and_average():
@@ -420,6 +439,14 @@ def test_pictures_grow_by_a_row(road, tmp_path):
                         validate_every=1, pictures_every=1)  # fmt: skip
         heights.append(Image.open(run / "samples.png").height)
     assert heights[1] == 2 * heights[0]
+
+
+def test_where_nothing_is_to_be_drawn_there_is_no_row(road, tmp_path, monkeypatch):
+    example = World.example
+    monkeypatch.setattr(World, "example", lambda self, i: example(self, 4 * i + 1))  # questions
+    run = run_stage("posttrain", tmp_path / "run", road["posttrain"], steps=1, validate_every=1,
+                    pictures_every=1)  # fmt: skip
+    assert not (run / "samples.png").exists()
 
 
 # --- Batches ---
@@ -673,6 +700,11 @@ def test_a_run_goes_on_from_kills_at_random_moments_to_the_bit(road, tmp_path, c
     assert [d["step"] for d in lines(parts)] == [1, 2, 3, 4, 5, 6]
     assert [d["loss"] for d in lines(parts)] == [d["loss"] for d in lines(whole)]
     assert len(list(parts.glob("step-*"))) == 2
+
+
+def test_an_autoencoder_goes_on_from_the_command_line(road, tmp_path, cli):
+    assert cli("vae", *flags(tmp_path / "run", road["decoder"])[1:])[0] == 0
+    assert "moved" in lines(tmp_path / "run")[0]  # from what it was
 
 
 def interrupt_at(monkeypatch, number: int, action) -> None:
