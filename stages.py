@@ -576,9 +576,8 @@ def base_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -
     model.image_head.requires_grad_(True)
     model.embed_tokens.requires_grad_(model.config.vision_embedding != "linear")
     place(model, config)
-    if model.config.vision_embedding != "linear":
-        # the w_j alone are trained: text is looked up as it is
-        model.embed_tokens.register_forward_hook(lambda *call: call[-1].detach())
+    # of the table the w_j alone are trained: text is looked up as it is
+    model.embed_tokens.register_forward_hook(lambda *call: call[-1].detach())
     generation = start.section("generation")
     if config.preset == "7b":  # Chameleon becomes Orthus
         generation |= {"cfg_scale": 5.0, "image_first": True}

@@ -147,13 +147,14 @@ def test_gqa(run_main, tmp_path):
 
 def test_mmmu(run_main, tmp_path):
     """Electronics: in brackets B, the last letter C, by its text B: all right. Art theory: "36
-    watts" is not 30, 3600.001 to two decimals is 3,600: one of two."""
+    watts" is not 30, 3600.001 to two decimals is 3,600, Fresco is fresco: two of three."""
     choices = {"A": "red", "B": "dark blue", "C": "green"}
     rows = [("Electronics_28", "B", "A is wrong, the answer is (B)."),
             ("Electronics_29", "C", "A or C"),
             ("Electronics_30", "B", "I would say that it is Dark blue"),
             ("Art_Theory_1", "30", "36 watts"),
-            ("Art_Theory_2", "3,600", "Add them.\nSo the sum = 3600.001 kg.")]  # fmt: skip
+            ("Art_Theory_2", "3,600", "Add them.\nSo the sum = 3600.001 kg."),
+            ("Art_Theory_3", " Fresco", "It is a fresco.")]  # fmt: skip
     items = []
     for name, truth, response in rows:
         items.append({"id": f"validation_{name}", "answer": truth, "response": response})
@@ -166,7 +167,7 @@ def test_mmmu(run_main, tmp_path):
     path = tmp_path / "output.json"
     path.write_text(json.dumps(items))
     got = figures(run_main, tmp_path, "mmmu", [path])
-    assert got == {"all": [0.8, 5], "Electronics": [1, 3], "Art_Theory": [0.5, 2]}
+    assert got == {"all": [0.8333, 6], "Electronics": [1, 3], "Art_Theory": [0.6667, 3]}
 
 
 def test_mmmu_guesses_what_names_no_option():

@@ -194,6 +194,19 @@ def test_ssim_of_equal_and_of_flat_pictures():
     assert evaluate.ssim(images, 1 - images).max() < 0
 
 
+def test_ssim_of_one_window_is_the_papers_formula():
+    x, y = torch.rand(2, 3, 11, 11, generator=torch.Generator().manual_seed(0), dtype=float)
+    places = torch.arange(11) - 5.0
+    weights = torch.exp(-(places[:, None] ** 2 + places**2) / (2 * 1.5**2))
+    mean = lambda values: (values * weights / weights.sum()).sum((1, 2))
+    mx, my = mean(x), mean(y)
+    covariance, spread = mean(x * y) - mx * my, mean(x * x) - mx**2 + mean(y * y) - my**2
+    wanted = (2 * mx * my + 1e-4) / (mx**2 + my**2 + 1e-4)
+    wanted *= (2 * covariance + 9e-4) / (spread + 9e-4)
+    ours = evaluate.ssim(x[None].float(), y[None].float()).item()
+    assert ours == pytest.approx(wanted.mean().item(), abs=1e-5)
+
+
 def test_digits_are_legible_where_they_are_drawn_and_not_where_another_is():
     for things in scenes("digits", 20, Shapes(0, ShapesConfig(digits=1.0))):
         assert all(evaluate.legible(things, render(things)))
@@ -412,6 +425,7 @@ def test_the_shipped_model_from_a_function_call(tmp_path):
     results = evaluate.evaluate_shapes(tiny, 5, counts, tmp_path, scenes=4, steps=3)
     assert results["text to image"]["all"]["total"] == 6 and "stories" not in results
     assert results["understanding"]["all"]["right"] >= 4 and results["steps"] == 3
+    assert results["pope"]["accuracy"]["total"] == 1
     assert results["autoencoder"]["continuous"]["readable"] == 1
     assert "text to image" in evaluate.show(results) and json.dumps(results)
     sheets = {"text_to_image.png", "understanding.png", "differences.png"}

@@ -35,6 +35,13 @@ def test_differences_are_paired_and_leave_the_unseen_out():
     assert experiments.compare(ours, theirs, "text to image", ("", ""))[0] == 50
 
 
+def test_what_is_readable_is_compared_in_points():
+    ours, theirs = ({"0": {"autoencoder": {"continuous": {"readable": share}}}}
+                    for share in (0.75, 0.5))  # fmt: skip
+    parts = "continuous", "continuous"
+    assert experiments.compare(ours, theirs, "readable", parts)[0] == 25
+
+
 def test_guidance_varies_over_an_image_and_begins_anew():
     class Head:
         def sample(self, hidden, weights, *rest, **more):

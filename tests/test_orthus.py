@@ -350,6 +350,8 @@ def test_loss_noises_each_latent_as_often_as_the_multiplier_says(noised):
     assert len(noised["t"].unique()) > 5
     make_head().loss(randn(5, 32), latents, example()[2])  # once, where a level is given
     assert torch.equal(noised["latents"], latents * 0.5)
+    make_head().loss(randn(5, 32), latents, noise=randn(5, 8))
+    assert torch.equal(noised["latents"], latents * 0.5)
 
 
 def test_loss_keeps_each_latent_with_its_hidden_state():
@@ -395,6 +397,7 @@ def test_head_starts_at_zero_so_its_first_loss_is_the_targets_power():
     target = head.schedule.target(0.5 * latents, noise, t)
     close(head.loss(hidden, latents, t, noise), target.square().mean())
     assert 0.018 < head.time_embed.mlp[0].weight.std() < 0.022
+    assert Orthus(small_config(image_head="mse")).image_head(hidden).std() > 0.1
 
 
 # --- Diffusion head: sampling --------------------------------------------------------------------

@@ -124,6 +124,12 @@ def test_images_may_lie_in_another_folder(home):
     assert open_all(home / "lists", format="captions", images=str(home))[0][1] == (60, True)
 
 
+def test_an_ending_in_capitals_is_that_of_a_picture_too(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "A.JPG")
+    (tmp_path / "A.txt").write_text("a fox")
+    assert open_all(tmp_path) == [[("a fox", False), (0, True)]]
+
+
 def test_pictures_of_edits_may_lie_in_another_folder(tmp_path):
     for folder in ("prompts/1", "pictures/1"):
         (tmp_path / folder).mkdir(parents=True)

@@ -326,6 +326,12 @@ def write_vqgan(folder: Path, weights: dict[str, Tensor]) -> Path:
     return folder / "vqgan.ckpt"
 
 
+def test_metas_autoencoder_without_its_yaml_is_the_releases_of_512_pixels(tmp_path, chameleon):
+    path = write_vqgan(tmp_path, VQVAE.from_pretrained(chameleon).state_dict())
+    path.with_name("vqgan.yaml").unlink()
+    assert released.read_vqgan(path)[0].resolution == 512
+
+
 @pytest.mark.parametrize("kind", ["alone", "hub", "ours", "ckpt", "folder of ckpt"])
 def test_the_autoencoder_may_come_from_anywhere(tmp_path, chameleon, kind):
     facebook = hub_chameleon(tmp_path / "facebook", decoder=False)
@@ -514,6 +520,8 @@ def test_meta_to_ours_to_the_hub_and_back_is_bitwise(meta, tmp_path, run):
     ids = {tuple(data.Tokenizer.from_pretrained(d).encode(text)) for d in (folder, ours, hub)}
     assert len(ids) == 1
     assert json.loads((hub / "tokenizer.json").read_text())["post_processor"]  # puts <s> in front
+    pixels = json.loads((hub / "preprocessor_config.json").read_text())
+    assert pixels["image_mean"] == pixels["image_std"] == [1.0] * 3 and pixels["resample"] == 1
     names = released.read_vocabulary(hub / "tokenizer.json")
     assert names["<image>"] == 39 and "<reserved08707>" not in names
 

@@ -434,6 +434,8 @@ def test_images_that_are_missing_are_forced_and_said_so(pipeline, monkeypatch):
     (told,) = answer(pipeline, question, min_images=2, max_tokens=50)
     assert len(told.images) == 2 and "tokens are left" in told.notes[0]
     assert told.segments[0].content and "cut" in told.notes[-1]
+    (told,) = answer(pipeline, question, min_images=2, max_tokens=37)  # they and <sep> fill it
+    assert told.segments[0].is_image and len(told.images) == 2
 
 
 def test_no_image_is_begun_past_the_maximum(pipeline, monkeypatch):
@@ -483,6 +485,7 @@ def test_top_p_keeps_the_most_likely_tokens():
     assert drawn == {0, 1}
     assert {sample.pick_token(logits, 1.0, 1e-6, seeded(s)) for s in range(50)} == {0}
     assert sample.pick_token(logits, 0.0, 1.0, seeded(0)) == 0
+    assert sample.pick_token(logits, 1e-308, 1.0, seeded(0)) == 0
 
 
 # --- Guidance ------------------------------------------------------------------------------------
@@ -500,6 +503,9 @@ def test_contexts_of_an_edit_are_the_whole_prompt_its_images_and_nothing():
     two = dataclasses.replace(DEFAULTS, interleaved={"cfg_scale": 2.0, "cfg_image": 2.0})
     assert rows(pair, two, cfg_scale=4.0) == [(pair, 4.0), (empty, -3)]
     assert rows([text], cfg_scale=4.0) == [([text], 4.0), (empty, -3)]
+    three = dataclasses.replace(two, cfg_scale=3.0)
+    assert rows([text], three, min_images=1)[0][1] == 3.0  # an image, then perhaps text
+    assert rows([text], two, min_images=2) == [([text], 2.0), (empty, -1)]
     plain = sample.Generation()  # no guidance, unless a checkpoint asks for it
     assert len(rows([text], plain)) == len(rows(both, plain)) == 1
 
@@ -653,7 +659,7 @@ def test_a_film_has_a_frame_for_each_latent_and_one_before(run, tmp_path):
 def test_what_a_film_has_not_drawn_yet_is_the_mean_latent(pipeline):
     latents = torch.randn(L, C, generator=seeded(0))
     frames, mean = sample.film(pipeline.vae, latents), latents.mean(0).expand(L, C)
-    for drawn in (0, 3, L):
+    for drawn in (0, 1, 3, L):
         own = torch.cat([latents[:drawn], mean[drawn:]])
         wanted = data.to_image(pipeline.vae.decode(own[None])[0])
         assert grey_levels(frames[drawn], wanted) <= 1
@@ -757,6 +763,7 @@ def test_images_of_a_batch_are_numbered_in_prompt_order(pipeline, directory, tmp
     """The second answer is finished first: it waits for its turn."""
     requests = [(text, request(text)) for text in ("a star", "a circle")]
     args = sample.parse_args(["--prompt", "x", "--output", str(tmp_path), "--scale", "1"])
+    assert (args.seed, args.num_images) == (0, 1)
     with open(tmp_path / "results.jsonl", "wb") as results:
         writer = sample.Writer(pipeline, requests, args, results)
         for number, colour in ((1, "blue"), (0, "red")):
@@ -835,6 +842,13 @@ def test_links_in_the_folder_are_not_followed(run, requests_file, tmp_path):
     (out / "0001.png").symlink_to(out / "0001.png")  # a link to itself
     assert run("--requests", requests_file, "--output", out)[0] == 0
     assert victim.read_text() == "kept" and not (out / "0000.png").is_symlink()
+
+
+def test_the_budget_is_told_where_images_are_asked_for(run, tmp_path):
+    asked = "--prompt", "a star", "--output", tmp_path
+    _, said, _ = run(*asked, "--min-images", 1, "--max-tokens", 40)
+    assert said.startswith("budget: 2 images x 18 + text fits 40\n")
+    assert "budget:" not in run(*asked)[1]
 
 
 def test_unknown_words_are_named(run, tmp_path, capsys):

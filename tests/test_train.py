@@ -344,6 +344,30 @@ def test_the_reconstruction_loss_is_its_formula():
     close(stages.reconstruction_loss(images, target, 0 * detail, 0.5, 4.0), plain)
 
 
+def test_anisotropy_is_none_where_all_directions_are_alike():
+    line, cross = torch.eye(2)[None, :1], torch.eye(2)[None]
+    for latents, wanted in ((line, 1.0), (cross, 0.0)):
+        close(stages.anisotropy(torch.cat([latents, -latents], 1)), torch.tensor(wanted))
+
+
+def test_the_vae_loss_is_its_formula_and_the_codes_follow_the_latents():
+    weights = dict(detail_weight=0.5, edge_weight=4.0, isotropy=0.3, commitment=0.2)
+    stage = make_stage("vae", latent_noise=0.0, quantised_share=0.25, **weights)
+    ((images, detail),), own = stage.batch(World(), 0), stage.model  # 8 of them
+    z = own.encode(images)
+    q = own.lookup(own.quantize(z))
+    again = own.decode(torch.cat([z[:2] + (q - z)[:2].detach(), z[2:]]))  # straight through
+    quantised, continuous = (stages.reconstruction_loss(again[s], images[s], detail[s], 0.5, 4.0)
+                             for s in (slice(0, 2), slice(2, 8)))  # fmt: skip
+    codebook, commitment = ((q - z.detach()) ** 2).mean(), ((z - q.detach()) ** 2).mean()
+    wanted = 0.25 * quantised + 0.75 * continuous + 0.3 * stages.anisotropy(z)
+    wanted = wanted + codebook + 0.2 * commitment
+    loss = stage.losses((images, detail), 0, torch.Generator())["loss"]
+    close(loss, wanted)
+    for p in (own.quantize.embedding.weight, own.encoder.conv_in.weight):
+        close(*(torch.autograd.grad(part, p, retain_graph=True)[0] for part in (loss, wanted)))
+
+
 def test_codes_begin_at_their_step():
     stage = make_stage("vae", quantise_from=3)
     (batch,) = stage.batch(World(), 0)
@@ -429,7 +453,7 @@ def test_a_line_is_the_mean_over_its_steps(road, tmp_path):
     assert len(set(quarters)) == 4
     weight = train.PRESETS["nano"]["posttrain"]["image_loss_weight"]
     whole = last["held_out_text"] + weight * last["held_out_image"]
-    assert last["held_out_loss"] == pytest.approx(whole, rel=1e-4)
+    assert last["held_out_loss"] == pytest.approx(whole, rel=1e-4) and whole > 0
 
 
 def test_pictures_grow_by_a_row(road, tmp_path):
@@ -588,6 +612,28 @@ def test_base_moves_the_way_in_and_the_head_alone(road, tmp_path):
             assert not moved[: codes.start].any() and not moved[codes.stop :].any()
         elif name != "vision_embedding.codebook.weight":
             assert torch.equal(before[name], after[name]), name
+
+
+def test_base_makes_an_orthus_of_a_chameleon_alone(road):
+    assert "is none: use posttrain" in complaint(lambda: make_stage("base", road["posttrain"]))
+
+
+def test_a_stage_keeps_what_its_checkpoint_says_of_generation(road):
+    before = checkpoint.open_checkpoint(road["base"]).section("generation")
+    assert make_stage("base", road["base"]).config["generation"] == before
+    world = World()
+    world.texts = lambda: ["a zebra"]
+    own, others = (make_stage("posttrain", road["posttrain"], world, data=data)
+                   for data in ("own", ""))  # fmt: skip
+    assert others.config["generation"] == before
+    assert set(own.config["generation"]["words"]) == {*before["words"], "a", "zebra"}
+
+
+def test_a_chameleon_reads_by_the_codebook_of_its_autoencoder(road):
+    model = make_stage("chameleon", road["chameleon"]).model
+    book = VQVAE.from_pretrained(road["chameleon"]).quantize.embedding.weight
+    assert torch.equal(model.vision_embedding.codebook.weight, book)
+    assert "vision_embedding.codebook.weight" not in train.trained(model)
 
 
 def test_base_measures_scale_and_temperature_and_begins_at_zero(road):
@@ -895,6 +941,13 @@ def test_encoding_ahead_goes_on_where_it_was_interrupted(road, tmp_path):
     assert all(torch.equal(a.content, b.content) if a.is_image else a == b for a, b in pairs)
 
 
+def test_latents_of_other_data_are_encoded_anew(road, tmp_path):
+    autoencoder = VQVAE.from_pretrained(road["posttrain"])
+    old, new, again = (train.Encoded(World(seed), 1, autoencoder, tmp_path, {"seed": seed})[0][1]
+                       for seed in (0, 1, 1))  # fmt: skip
+    assert torch.equal(new.content, again.content) and not torch.equal(new.content, old.content)
+
+
 # --- Other commands ---
 
 
@@ -939,6 +992,9 @@ def test_the_whole_road_goes_on_where_it_stopped(tmp_path, cli, monkeypatch):
     assert cli(*args)[0] == 0 and len(begun) == 6
     seeds = [json.loads((out / n / "run.json").read_text())["config"]["seed"] for n in train.STAGES]
     assert seeds == [0, 0, 1, 2, 3]
+    monkeypatch.setattr(train, "start_run", lambda name, out, given, _: begun.append(given["seed"]))
+    cli("all", "--out", tmp_path / "other", "--seed", 7, "--preset", "nano")
+    assert begun[-1] == 700
 
 
 def test_flags_of_the_world_reach_the_data(road, tmp_path, cli):
