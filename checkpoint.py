@@ -81,8 +81,9 @@ def problem(value, hint, low: float | None = None, high: float | None = None) ->
     low = (1 if kind is int else math.ulp(0.0)) if low is None else low
     high = 2**24 if high is None else high
     is_number = isinstance(value, int if kind is int else (int, float)) and type(value) is not bool
-    name = "a whole number" if kind is int else "a number"
-    return "" if is_number and low <= value <= high else f"want {name} from {low:.9g} to {high:.9g}"
+    name, form = ("a whole number", "") if kind is int else ("a number", ".9g")
+    fits = is_number and low <= value <= high
+    return "" if fits else f"want {name} from {low:{form}} to {high:{form}}"
 
 
 def check_fields(config) -> None:

@@ -870,6 +870,7 @@ BAD = [  # arguments, what the line must name
     ([*A, "--vae", "/nowhere"], "/nowhere"), ([*A, "--vae", ""], "checkpoint"),
     ([*A, "--device", "quantum"], "quantum"), ([*A, "--device", "cuda:99"], "cuda:99"),
     ([*A, "--device", "meta"], "meta"), ([*A, "--device", "hpu"], "hpu"),
+    ([*A, "--seed", "9999999999"], "from 0 to 2147483648"),
     ([*A, "--dtype", "int8"], "int8"), ([*A, "--stepz", "5"], "--stepz"), ([*A, "more"], "more"),
     ([*A, "--steps", "0"], "--steps"), ([*A, "--steps", "x"], "'x'"), ([*A, "--steps", ""], "''"),
     ([*A, "--top-p", "1.5"], "--top-p"), ([*A, "--temperature", "nan"], "nan"),
