@@ -393,7 +393,7 @@ def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConf
     try:
         config = checkpoint.build(TrainConfig, before["config"] | own, f"stage {name}")
         worlds = [[float(share), asdict(checkpoint.build(ShapesConfig, w | world, "the world"))]
-                  for share, w in before["world"]]  # fmt: skip
+                  for share, w in before["world"] or [None]]  # fmt: skip
         return config, worlds, given.get("init") or before["init"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{run / 'run.json'} is not what a run writes ({error}); begin another "
