@@ -868,7 +868,7 @@ def test_a_folder_that_holds_anything_else_is_refused_at_once(road, tmp_path, cl
     assert code == 2 and "config.json" in said
     for broken in ("{", "[]", '{"stage": "decoder"}', '{"stage": "decoder", "world": 3}',
                    '{"stage": "decoder", "world": [], "config": {"lr": "x"}, "init": ""}',
-                   '{"stage": "decoder", "world": [], "config": {}, "init": ""}',
+                   '{"stage": "decoder", "world": [], "config": {"preset": "nano"}, "init": ""}',
                    '{"stage": "decoder", "world": [1], "config": {}, "init": ""}'):
         (stopped / "run.json").write_text(broken)
         code, said = cli(*resume(stopped))
