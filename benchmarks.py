@@ -369,7 +369,15 @@ def hpsv2_layout(paths: list[Path]) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def draw(pictures: dict[str, str], files: dict[str, str], args) -> None:
-    """Draw what is not there yet, each picture with a seed of its own."""
+    """Draw what is not there yet, each picture with a seed of its own. What is drawn is kept in a
+    file beside the folder: a scorer may take all that is in it for pictures."""
+    made = {"checkpoint": args.checkpoint, "seed": args.seed, "prompts": pictures}
+    path = args.out.with_name(args.out.name + ".json")
+    if path.exists() and read_json(path) != made:
+        raise ValueError(f"{args.out} is of another checkpoint, seed or prompts, as {path} says; "
+                         "give another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(path, made)
     for name in (*pictures, *files):
         (args.out / name).parent.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -400,15 +408,20 @@ def answer(questions: list[Question], args) -> None:
     lines = [{"image": q.image, "question": f"{q.text} {args.suffix}".strip(),
               "checkpoint": args.checkpoint} for q in questions]  # fmt: skip
     path = args.out / "answers.jsonl"
-    if path.exists():  # a line that was cut short goes
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    done = [item for _, item in read_lines(path)] if path.exists() else []
+    text = checkpoint.read_text(path) if path.exists() else ""
+    whole, cut = text[: text.rfind("\n") + 1], text[text.rfind("\n") + 1 :]
+    done = [checkpoint.parse_json(line, path) for line in whole.splitlines() if line.strip()]
     for line, old in zip(lines, done, strict=False):
         (line["answer"],) = take(old, path, answer=str)
         if old != line:
             raise ValueError(f"{path} answers {old!r:.200}, not {line['question']!r} for "
                              f"{args.checkpoint}; give another --out")
     todo = lines[len(done) :]
+    if cut:  # a line of ours that an interruption cut short goes
+        own = json.dumps(todo[0])[:-1] if todo else ""
+        if not (own and (own.startswith(cut) or cut.startswith(own))):
+            raise ValueError(f"{path} ends in {cut!r:.200}; give another --out")
+        os.truncate(path, len(whole.encode(errors="surrogateescape")))
     asked = [(line["question"], [image], 0) for line, image in zip(lines, images, strict=True)]
     text_alone = {"cfg_scale": 1, "cfg_image": 1, "max_images": 0}
     with open(path, "a") as file:

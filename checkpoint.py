@@ -208,6 +208,11 @@ class Checkpoint:
         return self.tokenizer_path
 
 
+def saves(run: Path) -> list[Path]:
+    """A training run's own saves, oldest first: a copy under another name is its user's."""
+    return sorted(p for p in run.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+
+
 def open_checkpoint(directory: "str | Path | Checkpoint") -> Checkpoint:
     """Open a directory of any layout. A training run stands for its newest save."""
     if isinstance(directory, Checkpoint):
@@ -216,10 +221,9 @@ def open_checkpoint(directory: "str | Path | Checkpoint") -> Checkpoint:
     if not directory.exists():
         raise ValueError(f"checkpoint {directory} does not exist; give a directory that holds one")
     if (directory / "run.json").is_file() and not (directory / CONFIG).is_file():
-        saves = [path for path in directory.glob("step-*") if path.name[5:].isdigit()]
-        if not saves:
+        if not (found := saves(directory)):
             raise ValueError(f"the run {directory} has saved nothing yet; let it go on")
-        directory = max(saves, key=lambda path: int(path.name[5:]))
+        directory = found[-1]
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
     if not any(isinstance(config.get(name), dict) for name in ("model", "vae")):
         import released  # here, since it imports this file, and only others' layouts need it

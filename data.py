@@ -195,21 +195,19 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        character_coverage=1.0,
-        split_digits=True,
-        normalization_rule_name="identity",
+    options = dict(
+        model_type="bpe", character_coverage=1.0, split_digits=True,
+        normalization_rule_name="identity", unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
         hard_vocab_limit=False,  # a small world may not have as many pieces
-        unk_id=0,
-        bos_id=-1,
-        eos_id=-1,
-        pad_id=-1,
         minloglevel=2,
-    )
+    )  # fmt: skip
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **options
+        )
+    except RuntimeError as error:
+        raise ValueError(f"no tokenizer of {vocab_size} pieces can be made of these texts, which "
+                         f"have {len(set(''.join(texts)))} different letters ({error})") from None
     return model.getvalue()
 
 
@@ -249,12 +247,12 @@ def open_image(path: str | Path, header: bool = False) -> Image.Image:
 def on_white(image: Path | Image.Image) -> Image.Image:
     """PIL image of any mode, or its path -> RGB, transparency blended on white."""
     image = open_image(image) if isinstance(image, Path) else image
+    if image.mode.startswith("I;16"):  # convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    if image.mode.startswith("I;16"):  # convert() would clip at 255
-        image = image.point(lambda v: v / 257).convert("L")
     return image.convert("RGB")
 
 

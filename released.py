@@ -527,7 +527,7 @@ def convert(source: str, target: str, layout: str = "ours", vae: str | None = No
     model, autoencoder = Orthus.from_pretrained(opened), VQVAE.from_pretrained(other)
     config = opened.config | {"model": vars(model.config), "vae": vars(autoencoder.config)}
     contents = config, model.state_dict(), autoencoder.state_dict(), opened.tokenizer
-    part = Path(f"{target}.part")
+    part = Path(target).with_name(Path(target).name + ".part")
     part.mkdir(parents=True)
     try:
         (write_hub if layout == "hub" else checkpoint.write)(part, *contents)

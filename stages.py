@@ -218,7 +218,10 @@ def picture_batches(config: TrainConfig, resolution: int, parts: int = 1):
     def make(dataset: data.Dataset, step: int) -> list[tuple[Tensor, Tensor]]:
         images, details = [], []
         for segments in examples(dataset, step, config.batch_size):
-            segment = next(s for s in segments if s.is_image)
+            if not (pictures := [s for s in segments if s.is_image]):
+                raise ValueError(f"an example of step {step} has no picture; the stages of the "
+                                 "autoencoder want data with one in each")
+            segment = pictures[0]
             images.append(data.to_tensor(segment.content, resolution))
             detail = segment.detail or Image.new("L", (1, 1))
             details.append((data.to_tensor(detail, resolution)[:1] + 1) / 2)
@@ -398,6 +401,7 @@ def drop_prompt(segments: list[Segment], rng: random.Random) -> list[Segment]:
 def sequence_batches(config: TrainConfig, model: OrthusConfig, resolution: int,
                      tokenizer: data.Tokenizer, images_only: bool):
     """dataset, step -> micro-batches of examples, sorted by length so that little is padding."""
+    told = []
 
     def make(dataset: data.Dataset, step: int) -> list[MicroBatch]:
         rng, sequences = random.Random(f"{config.seed} {step}"), []
@@ -406,10 +410,17 @@ def sequence_batches(config: TrainConfig, model: OrthusConfig, resolution: int,
             if draws and rng.random() < config.guidance_dropout:
                 segments = drop_prompt(segments, rng)
             sequences.append(data.layout(segments, tokenizer, model))
-        sequences = [s for s in sequences if len(s.tokens) <= model.max_position_embeddings]
-        if not sequences:
-            raise ValueError(f"every example of step {step} is longer than the context, "
-                             f"{model.max_position_embeddings} tokens; give shorter ones")
+        if images_only:  # stage 1 learns nothing from the others
+            sequences = [s for s in sequences if model.image_id in s.labels]
+        fitting = [s for s in sequences if len(s.tokens) <= model.max_position_embeddings]
+        if len(fitting) < len(sequences) and not told:
+            told.append(step)  # once in each data process
+            tqdm.write(f"warning: {len(sequences) - len(fitting)} of {len(sequences)} examples of "
+                       f"step {step} are longer than the context and left out, as others will be")
+        if not (sequences := fitting):
+            what = "draws no picture or " if images_only else ""
+            raise ValueError(f"every example of step {step} {what}is longer than the context, "
+                             f"{model.max_position_embeddings} tokens; give others")
         sequences.sort(key=lambda s: len(s.tokens))
         size = math.ceil(len(sequences) / config.micro_batches)
         parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]

@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import checkpoint  # first: it answers Ctrl-C while PyTorch is imported
@@ -69,7 +70,7 @@ def save(run: Path, stage: Stage, optimizer: Optimizers, average: dict, step: in
     if whole.exists():
         shutil.rmtree(whole)
     os.replace(part, whole)
-    for old in sorted(run.glob("step-*"))[:-2]:
+    for old in checkpoint.saves(run)[:-2]:
         shutil.rmtree(old)
 
 
@@ -79,7 +80,7 @@ def digest(path: Path) -> str:
 
 
 def newest_save(run: Path) -> Path | None:
-    return max(run.glob("step-*"), default=None)
+    return max(checkpoint.saves(run), default=None)
 
 
 def read_state(saved: Path) -> dict:
@@ -108,17 +109,26 @@ def restore(state: dict, saved: Path, stage: Stage, optimizer: Optimizers) -> tu
         return average, state["step"]
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{saved / 'state.pt'} does not fit this run ({reason:.80}); remove "
-                         f"{saved} to go on from the save before it") from None
+        raise ValueError(f"{saved / 'state.pt'} does not fit these settings ({reason:.80}); resume "
+                         "with those that the run began with") from None
 
 
 def keep_log(path: Path, step: int) -> None:
     """Drop what a run logged past the save it goes on from."""
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        text = checkpoint.read_text(path)
+        with checkpoint.whole_file(path) as file:
+            file.write(text[: text.rfind("\n") + 1].encode())  # a line may have been cut
+        kept = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
         with checkpoint.whole_file(path) as file:
             file.write("".join(kept).encode())
+
+
+def read_log(path: Path) -> list[dict]:
+    lines = checkpoint.read_lines(path)
+    if wrong := [w for w, line in lines if not isinstance(line, dict) or "step" not in line]:
+        raise ValueError(f"{wrong[0]} is not what a run logs; give the log.jsonl of a run")
+    return [line for _, line in lines]
 
 
 # --- Validation ----------------------------------------------------------------------------------
@@ -236,7 +246,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
     validation = Validation(stage, config, held_out)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     loader = iter(DataLoader(
-        Steps(stage.batch, dataset), batch_size=None, sampler=range(first, config.steps),
+        range(first, config.steps), batch_size=None, collate_fn=partial(stage.batch, dataset),
         num_workers=config.workers, prefetch_factor=8 if config.workers else None,
         multiprocessing_context="fork" if config.workers else None, worker_init_fn=leave_signals,
     ))
@@ -268,13 +278,16 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
             if says := saves or checks or done % config.log_every == 0:  # first: a NaN raises
                 more = (lambda: validation.losses(autocast)) if checks else dict
                 log.write(done, learning_rate(config, step), more)
+            if saves:
+                save(run, stage, optimizer, average, done, about)
             pictures = config.pictures_every * config.validate_every * (ranks == 1)
             draws = pictures and stage.vae and validation.prompts
             if draws and (done % pictures == 0 or done == config.steps):
                 number = math.ceil(done / pictures) - 1
-                validation.pictures(average, run / "samples.png", done, number, autocast)
-            if saves:
-                save(run, stage, optimizer, average, done, about)
+                try:
+                    validation.pictures(average, run / "samples.png", done, number, autocast)
+                except ValueError as error:  # as of an older sheet that is damaged
+                    tqdm.write(f"warning: no row in samples.png ({error})")
             if stop and done < config.steps:
                 raise Stopped
             if says:
@@ -285,6 +298,7 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
         tqdm.write(f"--resume {where}", file=sys.stderr)
         raise
     finally:
+        del loader  # ends its processes, which ignore signals, whatever went wrong
         signal.signal(signal.SIGTERM, before)
 
 
@@ -292,16 +306,6 @@ def leave_signals(worker: int) -> None:
     """A signal to the whole group is for the training process; workers end when it does."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
-
-
-class Steps:
-    """Makes batch number i in a data process."""
-
-    def __init__(self, make: Callable[[data.Dataset, int], list], dataset: data.Dataset):
-        self.make, self.dataset = make, dataset
-
-    def __getitem__(self, step: int) -> list:
-        return self.make(self.dataset, step)
 
 
 class Log:
@@ -391,10 +395,15 @@ def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConf
     if world and own.get("data"):
         raise ValueError(f"{min(world)} is of the Shapes world; --data {own['data']} has its own")
     try:
+        began = dict(before["config"]) if resume else own
+        if changed := [k for k in BASE_ALONE if k in own and own[k] != began.get(k)]:
+            raise ValueError(f"{changed[0]} is {own[changed[0]]} for a run that began with "
+                             f"{began.get(changed[0])}; begin another with another --out")
         config = checkpoint.build(TrainConfig, before["config"] | own, f"stage {name}")
         worlds = [[float(share), asdict(checkpoint.build(ShapesConfig, w | world, "the world"))]
                   for share, w in before["world"] or [None]]  # fmt: skip
-        return config, worlds, given.get("init") or before["init"]
+        init = before["init"] if newest_save(run) else given.get("init") or before["init"]
+        return config, worlds, init
     except (KeyError, TypeError) as error:
         raise ValueError(f"{run / 'run.json'} is not what a run writes ({error}); begin another "
                          "with another --out") from None
@@ -483,12 +492,17 @@ def start_run(name: str, out: str, given: dict, resume: bool) -> None:
     with contextlib.nullcontext() if rank else checkpoint.lock(run):
         record = {"stage": name, "init": init and str(Path(init).resolve()), "world": worlds,
                   "config": asdict(config), "torch": torch.__version__}  # fmt: skip
+        old = checkpoint.read_json(run / "run.json") if resume else record
         if rank == 0:
             checkpoint.write_json(run / "run.json", record)
         try:
             train(name, config, *datasets, run, start, {"data": about}, saved)
         except Stopped:
             tqdm.write(f"stopped and saved; --resume goes on from {newest_save(run)}")
+        except (ValueError, OSError):
+            if rank == 0 and newest_save(run) == saved:  # what was refused stays as it was
+                checkpoint.write_json(run / "run.json", old)
+            raise
 
 
 def train_all(out: str, given: dict) -> None:
@@ -501,6 +515,8 @@ def train_all(out: str, given: dict) -> None:
     if not out:
         raise ValueError("--out is empty; give a directory for the runs")
     init, preset = "", given.get("preset", "tiny")
+    if os.path.isdir(out) and os.listdir(out) and not (Path(out) / "vae" / "run.json").is_file():
+        raise ValueError(f"{out} is not empty and holds no such road; give another --out")
     if preset == "7b":
         raise ValueError("preset 7b starts from released weights: run its stages one by one")
     for name in STAGES:
@@ -545,13 +561,14 @@ def curves(runs: list[str], out: str) -> None:
     logs = {}
     for run in runs:
         found = [Path(run), *sorted(p for p in Path(run).glob("*") if p.is_dir())]
-        logs |= {str(p): p / "log.jsonl" for p in found if (p / "log.jsonl").is_file()}
-    if not logs:
-        raise ValueError(f"no log.jsonl in {', '.join(runs)}; give folders of runs")
+        own = {str(p): p / "log.jsonl" for p in found if (p / "log.jsonl").is_file()}
+        if not own:
+            raise ValueError(f"no log.jsonl in {run}; give folders of runs")
+        logs |= own
     keys = ("loss", "text", "image")
     figure, axes = pyplot.subplots(1, len(keys), figsize=(5 * len(keys), 4), layout="constrained")
     for number, (name, path) in enumerate(logs.items()):
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = read_log(path)
         for axis, key in zip(axes, keys, strict=True):
             for prefix, style in (("", "-"), ("held_out_", ":")):
                 points = [(d["step"], d[prefix + key]) for d in lines if d.get(prefix + key)]

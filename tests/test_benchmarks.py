@@ -218,6 +218,8 @@ def test_geneval(run_main, tmp_path, painter):
     (out / "00001" / "samples" / "0003.png").unlink()  # what an interrupted run lacks
     assert run_main(evaluate, *command)[0] == 0
     assert painter[20:] == [painter[7]]
+    code, _, said = run_main(evaluate, *command, "--seed", 1)  # others would be left as they are
+    assert code == 2 and "another --out" in said and len(painter) == 21
 
 
 def test_hpsv2(run_main, tmp_path, painter):
@@ -246,6 +248,14 @@ def star(tmp_path):
     path = jsonl(tmp_path / "two.json", items)
     return ["bench", "pope", path, "--images", tmp_path, "--out", tmp_path / "out", "--device",
             "cpu", "--checkpoint", TINY]  # fmt: skip
+
+
+@pytest.mark.parametrize("foreign", ['{"answer": "a"}\n{"mine": 1}', '[{"answer": "yes"}]'])
+def test_answers_of_others_are_left_alone(run_main, tmp_path, star, foreign):
+    path = tmp_path / "out" / "answers.jsonl"
+    path.parent.mkdir()
+    path.write_text(foreign)
+    assert run_main(evaluate, *star)[0] == 2 and path.read_text() == foreign
 
 
 def test_tiny_answers_and_goes_on(run_main, tmp_path, star, monkeypatch):

@@ -64,6 +64,8 @@ def test_transparency_of_a_palette_is_blended_on_white(tmp_path):
 
 
 def test_sixteen_bit_greys_keep_their_brightness():
+    big = Image.frombytes("I;16B", (64, 64), b"\x80\x80" * 64**2)
+    assert data.to_tensor(big, 64).mean().abs() < 0.01
     grey = Image.fromarray(np.full((64, 64), 0x8080, dtype=np.uint16))
     assert data.to_tensor(grey, 64).mean() == pytest.approx(128 / 127.5 - 1, abs=0.01)
 

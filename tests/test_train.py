@@ -825,6 +825,50 @@ def stopped(road, tmp_path, cli, monkeypatch):
     return tmp_path / "stopped"
 
 
+def test_a_refused_resume_changes_nothing(cli, stopped):
+    before = (stopped / "run.json").read_bytes()
+    code, said = cli(*resume(stopped), "--optimizer", "muon")
+    assert code == 2 and "resume with those that the run began with" in said
+    assert (stopped / "run.json").read_bytes() == before
+    assert cli(*resume(stopped))[0] == 0
+
+
+def test_what_a_base_run_began_with_stays(tmp_path):
+    about = {"stage": "base", "world": [[0, {}]], "config": {"preset": "nano"}, "init": ""}
+    checkpoint.write_json(tmp_path / "run.json", about)
+    again = lambda: train.settings("base", tmp_path, {"image_head": "mse"}, True)
+    assert "image_head is mse" in complaint(again)
+
+
+def test_a_copy_of_a_save_is_its_users(road, tmp_path):
+    run = tmp_path / "run"
+    (run / "step-00000001-best").mkdir(parents=True)
+    run_stage("decoder", run, road["decoder"], steps=4, save_every=1)
+    names = ["step-00000001-best", "step-00000003", "step-00000004"]
+    assert sorted(p.name for p in run.glob("step-*")) == names
+    assert train.newest_save(run).name == names[-1]
+
+
+def test_a_sheet_that_cannot_go_on_ends_no_run(road, tmp_path):
+    (tmp_path / "samples.png").write_text("no picture")
+    run = run_stage("posttrain", tmp_path, road["posttrain"], steps=1, validate_every=1,
+                    pictures_every=1)  # fmt: skip
+    assert train.newest_save(run) and (run / "samples.png").read_text() == "no picture"
+
+
+def test_data_that_a_stage_learns_nothing_from_are_said(road):
+    ask = World()
+    ask.example = lambda i: World().example(4 * i + 1)  # a question about a picture
+    base = make_stage("base", road["base"])
+    assert "draws no picture" in complaint(lambda: base.batch(ask, 0))
+    assert sum(len(part.tokens) for part in base.batch(World(), 0)) == 6  # of 8, two are questions
+    ask.example = lambda i: [Segment("a"), Segment("b", True)]
+    for name in ("vae", "decoder"):
+        batch = make_stage(name, road[name]).batch
+        assert "no picture" in complaint(lambda batch=batch: batch(ask, 0))
+    assert "letters" in complaint(lambda: data.train_tokenizer(["abcdefghijkl"], 5))
+
+
 def test_resume_needs_nothing_of_where_a_run_began(road, tmp_path, cli, stopped):
     about = json.loads((stopped / "run.json").read_text())
     checkpoint.write_json(stopped / "run.json", about | {"init": str(tmp_path / "gone")})
@@ -958,6 +1002,10 @@ def test_curves_are_drawn_or_the_missing_package_is_named(road, tmp_path, cli, m
     assert cli(*args)[0] == 0
     assert Image.open(tmp_path / "curves.png").format == "PNG"
     assert "no log.jsonl" in cli("curves", tmp_path, "--out", tmp_path / "x.png")[1]
+    for text in ("[1, 2]", "{}", "no"):
+        (tmp_path / "log.jsonl").write_text(text)
+        code, said = cli("curves", tmp_path, "--out", tmp_path / "x.png")
+        assert code == 2 and "log.jsonl line 1" in said
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, said = cli(*args)
     assert code == 2 and said.count("\n") == 1 and "pip install matplotlib" in said
@@ -996,6 +1044,8 @@ def test_the_whole_road_goes_on_where_it_stopped(tmp_path, cli, monkeypatch):
     monkeypatch.setattr(train, "start_run", lambda name, out, given, _: begun.append(given["seed"]))
     cli("all", "--out", tmp_path / "other", "--seed", 7, "--preset", "nano")
     assert begun[-1] == 700
+    (tmp_path / "config.json").write_text("{}")
+    assert "not empty" in cli("all", "--out", tmp_path)[1]
 
 
 def test_flags_of_the_world_reach_the_data(road, tmp_path, cli):
