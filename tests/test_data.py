@@ -213,6 +213,11 @@ def test_a_tokenizer_that_is_not_whole_is_named(tmp_path, content):
         (tmp_path / name).unlink()
 
 
+def test_words_are_known_without_what_stands_around_them():
+    texts = ['A "red" star,<image>isn\'t it? (no)', "A star!"]
+    assert data.words_of(texts) == {"A", "red", "star", "isn't", "it", "(no)"}
+
+
 # --- Layout and batches ---
 
 

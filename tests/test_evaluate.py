@@ -4,9 +4,9 @@ the tasks with perfect and with broken models, the command line."""
 import json
 import math
 import random
-import types
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,19 +192,14 @@ def test_ssim_of_equal_and_of_flat_pictures():
     flat = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)  # luminance alone
     assert evaluate.ssim(a, b).item() == pytest.approx(flat, abs=1e-3)
     assert evaluate.ssim(images, 1 - images).max() < 0
-
-
-def test_ssim_of_one_window_is_the_papers_formula():
-    x, y = torch.rand(2, 3, 11, 11, generator=torch.Generator().manual_seed(0), dtype=float)
-    places = torch.arange(11) - 5.0
-    weights = torch.exp(-(places[:, None] ** 2 + places**2) / (2 * 1.5**2))
-    mean = lambda values: (values * weights / weights.sum()).sum((1, 2))
-    mx, my = mean(x), mean(y)
-    covariance, spread = mean(x * y) - mx * my, mean(x * x) - mx**2 + mean(y * y) - my**2
-    wanted = (2 * mx * my + 1e-4) / (mx**2 + my**2 + 1e-4)
-    wanted *= (2 * covariance + 9e-4) / (spread + 9e-4)
-    ours = evaluate.ssim(x[None].float(), y[None].float()).item()
-    assert ours == pytest.approx(wanted.mean().item(), abs=1e-5)
+    x, y = images[:, :1, :11, :11]  # a single window, written out
+    away = torch.arange(11) - 5.0
+    w = torch.exp(-(away[:, None] ** 2 + away**2) / (2 * 1.5**2))
+    mean = lambda v: ((w * v).sum() / w.sum()).item()
+    (a, b), c = (mean(x), mean(y)), mean((x - mean(x)) * (y - mean(y)))
+    spread = sum(mean((v - mean(v)) ** 2) for v in (x, y))
+    wanted = (2 * a * b + 1e-4) / (a * a + b * b + 1e-4) * (2 * c + 9e-4) / (spread + 9e-4)
+    assert evaluate.ssim(x[None], y[None]).item() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_digits_are_legible_where_they_are_drawn_and_not_where_another_is():
@@ -332,6 +327,8 @@ def test_unseen_captions_name_unseen_combinations():
         (verdict,) = evaluate.drawn(example, Answer([]))
         assert named == example.unseen == (verdict.row == UNSEEN) == (i >= 60)
     assert len(made) == 70
+    other = evaluate.held_out(ShapesConfig(), "text_to_image", 4, 60, "caption")
+    assert [e.things for e in made[60:]] != [e.things for e in other[60:]]
 
 
 def test_held_out_examples_of_a_seed_stay_what_they_are():
@@ -395,6 +392,24 @@ def untrained(tmp_path):
 NOTHING = dict.fromkeys(evaluate.COUNTS, 0)
 
 
+def test_an_autoencoder_is_measured_with_codes_and_without_on_scenes_that_differ(monkeypatch):
+    """Of a perfect one, whose only code is black."""
+    seen, scene = [], WORLD.random_scene
+    monkeypatch.setattr(WORLD, "random_scene", lambda rng: seen.append(scene(rng)) or seen[-1])
+    perfect = SimpleNamespace(
+        parameters=lambda: iter([torch.zeros(1)]), config=VQVAEConfig.preset("tiny"),
+        encode=lambda images: images, decode=lambda z: z, quantize=lambda z: z,
+        lookup=lambda codes: torch.full_like(codes, -1),
+    )  # fmt: skip
+    report = evaluate.autoencoder_report(perfect, WORLD, 5, 52)
+    assert len(seen) == len({repr(things) for things in seen}) == 52
+    names = "ssim", "readable", "digits"
+    assert [report["continuous"][name] for name in names] == pytest.approx([1, 1, 1], abs=1e-4)
+    assert report["quantised"]["readable"] == 0 and report["quantised"]["psnr"] < 5
+    other = evaluate.autoencoder_report(perfect, WORLD, 6, 2)
+    assert seen[52:] != seen[:2] and other != report
+
+
 def test_autoencoder_alone_from_the_command_line(untrained, run_main, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate_shapes", partial(evaluate.evaluate_shapes, scenes=4))
     file = tmp_path / "numbers.json"
@@ -410,7 +425,7 @@ def test_autoencoder_alone_from_the_command_line(untrained, run_main, tmp_path, 
 
 def test_an_autoencoder_that_gives_back_what_it_gets_is_perfect():
     same = lambda x: x
-    perfect = types.SimpleNamespace(
+    perfect = SimpleNamespace(
         config=VQVAEConfig.preset("tiny"), parameters=lambda: iter([torch.zeros(1)]), encode=same,
         quantize=same, lookup=torch.zeros_like, decode=same,
     )  # fmt: skip
@@ -426,6 +441,7 @@ def test_the_shipped_model_from_a_function_call(tmp_path):
     assert results["text to image"]["all"]["total"] == 6 and "stories" not in results
     assert results["understanding"]["all"]["right"] >= 4 and results["steps"] == 3
     assert results["pope"]["accuracy"]["total"] == 1
+    assert results["differences"]["all"]["total"] == 2  # 0.3 of the questions
     assert results["autoencoder"]["continuous"]["readable"] == 1
     assert "text to image" in evaluate.show(results) and json.dumps(results)
     sheets = {"text_to_image.png", "understanding.png", "differences.png"}

@@ -5,12 +5,15 @@ import gzip
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_train import small_presets  # noqa: F401: a fixture of this module too
 
+import checkpoint
 import evaluate
 import experiments
 import stages
@@ -56,15 +59,48 @@ def test_guidance_varies_over_an_image_and_begins_anew():
     assert [head.sample(hidden, (3.0, -2.0)) for _ in range(4)] == drawn[3::-1]
 
 
+def test_an_autoencoder_is_compared_by_its_parts():
+    """Of the arm what is continuous, of the other what is quantised; readable in points of 100."""
+    figures = lambda v: {"psnr": v, "readable": v / 100}
+    ours, theirs = ({"autoencoder": {"continuous": figures(v + 3), "quantised": figures(v)}}
+                    for v in (31, 21))  # fmt: skip
+    by = lambda figure: experiments.differences(ours, theirs, figure, ("continuous", "quantised"))
+    assert by("psnr") == [13] and by("readable") == pytest.approx([13])
+
+
+def test_figures_of_an_arm(monkeypatch, tmp_path):
+    """A right and a wrong answer a table; two kinds of picture, one of them with an edge."""
+    rises, pictures = [], [np.zeros((4, 4, 3), np.uint8) for _ in range(16)]
+    for picture in pictures[::2]:
+        picture[2:] = 100
+    config = SimpleNamespace(latents_per_image=64)
+    model = SimpleNamespace(config=config, image_head=None)
+    judged = [evaluate.Verdict("count", [], "", right) for right in (True, False)]
+    fakes = {"load": lambda source: SimpleNamespace(model=model), "run_task": lambda *a: judged,
+             "generate": lambda *a, **o: [SimpleNamespace(images=[Image.fromarray(p)])
+                                          for p in pictures],
+             "vary_guidance": lambda head, n, way: rises.append((n, way)),
+             "log_likelihood": lambda *a: -1.0}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(experiments, name, fake)
+    source = SimpleNamespace(config={"model": {}})
+    monkeypatch.setattr(experiments.checkpoint, "open_checkpoint", lambda run: source)
+    for name in ("guidance rises", "guidance falls"):
+        found = experiments.measure(name, tmp_path, 0, 2)
+    assert rises == [(64, True), (64, False)]
+    assert found["answers"] == {"text to image, count": "10", "understanding, count": "10"}
+    assert found["sharpness"] == 50 and found["spread"] == 25
+
+
 def test_seeds_that_disagree_widen_the_interval():
     ours = {"0": record("1" * 100), "1": record("0" * 100), "2": record("1" * 100)}
     theirs = {"0": record("0" * 100), "1": record("1" * 100)}
     mean, half, seeds = experiments.compare(ours, theirs, "text to image", ("", ""))
     assert seeds == ["0", "1"] and mean == 0
     assert half == pytest.approx(12.71 * np.std([100, -100], ddof=1) / np.sqrt(2))
-    ours, theirs = ({seed: record(bits) for seed in "01"} for bits in ("1101", "1001"))
-    _, half, _ = experiments.compare(ours, theirs, "text to image", ("", ""))  # seeds that agree
-    assert half == pytest.approx(1.96 * np.std([0, 100, 0, 0]) / np.sqrt(8))
+    ours, theirs = ({seed: record(bits) for seed in "01"} for bits in ("1100", "1010"))
+    half = experiments.compare(ours, theirs, "text to image", ("", ""))[1]  # where they agree
+    assert half == pytest.approx(1.96 * np.std([0, 100, -100, 0]) / np.sqrt(8))
 
 
 def test_a_verdict_is_never_stronger_than_its_interval():
@@ -105,6 +141,8 @@ def test_arms_run_once_and_the_page_is_written_from_what_was_kept(
     assert code in (0, None), said
     results = json.loads(experiments.RESULTS.read_text())
     assert set(results) == {"stage 1 alone", "nothing"}
+    base = tmp_path / "runs" / "stage 1 alone" / "0" / "base"
+    assert checkpoint.read_json(base / "run.json")["config"]["seed"] == 0  # the preset's is 2
     lengths = [{row: len(bits) for row, bits in results[name]["0"]["answers"].items()}
                for name in results]  # fmt: skip
     assert lengths[0] == lengths[1] and sum(lengths[0].values()) == 18

@@ -151,6 +151,18 @@ def test_all_texts_are_told_for_the_tokenizer(home):
     assert train.texts() == ["What is this?", "a rabbit"]
 
 
+def test_a_fingerprint_is_of_texts_and_of_pictures(home):
+    """By it latents that were encoded ahead are known to be of these files."""
+    row, seen = write_lines(home / "own.jsonl", RABBIT), []
+    for picture in (None, noisy(80, 64), None):
+        if picture:
+            picture.save(home / "a.png")
+        seen.append(data.open_dataset([row], 16)[0].fingerprint())
+    assert seen[0] != seen[1] == seen[2]
+    write_lines(home / "own.jsonl", {"segments": [{"image": "a.png"}, *TEXTS]})
+    assert data.open_dataset([row], 16)[0].fingerprint() != seen[2]
+
+
 def test_pictures_are_turned_and_brought_to_the_resolution(home):
     photo, exif = noisy(80, 64), Image.Exif()
     exif[0x0112] = 6

@@ -1,5 +1,6 @@
 """train.py: what a step is, value by value; that every stage learns; and that nothing is lost."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -329,43 +330,58 @@ def test_what_the_decoder_reads_is_noisy(road, monkeypatch, name):
     assert 0.36 < noise.std() < 0.44
 
 
-# --- The autoencoder's loss, codes ---
+# --- The autoencoder's losses ---
 
 
-def test_the_reconstruction_loss_is_its_formula():
-    images, target, detail = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1), torch.zeros(2, 1, 4, 4)
-    detail[0, 0, 1:3, 1] = 1
-    error = images - target
-    across, down = error[..., 1:] - error[..., :-1], error[:, :, 1:] - error[:, :, :-1]
-    plain = (error**2).mean() + 0.1 * error.abs().mean()
-    plain += 4 * ((across**2).mean() + (down**2).mean())
-    small = (error[0, :, 1:3, 1] ** 2).mean()
-    close(stages.reconstruction_loss(images, target, detail, 0.5, 4.0), plain + 0.5 * small)
-    close(stages.reconstruction_loss(images, target, 0 * detail, 0.5, 4.0), plain)
+def test_a_wrong_pixel_counts_as_pixel_as_detail_and_as_edges():
+    """It stands at the left border: one neighbour beside it, two above and below."""
+    target, detail = torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 4, 4)
+    images = target.clone()
+    images[..., 1, 0], detail[..., 1, :2] = 0.5, 1
+    plain, small, edges = 0.25 / 16 + 0.1 * 0.5 / 16, 0.25 / 2, 0.25 * (1 / 12 + 2 / 12)
+    loss = stages.reconstruction_loss(images, target, detail, 7.0, 11.0)
+    assert loss.item() == pytest.approx(plain + 7 * small + 11 * edges)
 
 
-def test_anisotropy_is_none_where_all_directions_are_alike():
-    line, cross = torch.eye(2)[None, :1], torch.eye(2)[None]
-    for latents, wanted in ((line, 1.0), (cross, 0.0)):
-        close(stages.anisotropy(torch.cat([latents, -latents], 1)), torch.tensor(wanted))
+def test_anisotropy_is_zero_of_a_cross_and_one_of_a_line():
+    line = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]]) + 5  # wherever they are
+    assert stages.anisotropy(line).item() == pytest.approx(1, abs=1e-5)
+    cross = torch.cat([line, line.flip(2)], 1)
+    assert stages.anisotropy(cross).item() == pytest.approx(0, abs=1e-5)
 
 
-def test_the_vae_loss_is_its_formula_and_the_codes_follow_the_latents():
-    weights = dict(detail_weight=0.5, edge_weight=4.0, isotropy=0.3, commitment=0.2)
-    stage = make_stage("vae", latent_noise=0.0, quantised_share=0.25, **weights)
-    ((images, detail),), own = stage.batch(World(), 0), stage.model  # 8 of them
-    z = own.encode(images)
-    q = own.lookup(own.quantize(z))
-    again = own.decode(torch.cat([z[:2] + (q - z)[:2].detach(), z[2:]]))  # straight through
-    quantised, continuous = (stages.reconstruction_loss(again[s], images[s], detail[s], 0.5, 4.0)
-                             for s in (slice(0, 2), slice(2, 8)))  # fmt: skip
-    codebook, commitment = ((q - z.detach()) ** 2).mean(), ((z - q.detach()) ** 2).mean()
-    wanted = 0.25 * quantised + 0.75 * continuous + 0.3 * stages.anisotropy(z)
-    wanted = wanted + codebook + 0.2 * commitment
+def test_a_tuned_autoencoders_loss_is_the_one_written_out(road):
+    """Two of eight pictures go through the codes from the first step on; latents where there is no
+    detail stay what they were."""
+    options = dict(quantised_share=0.25, quantise_from=100, latent_noise=0.0)
+    stage, config = make_stage("vae", road["end"], **options), make_config("vae", **options)
+    model, (images, detail) = stage.model, stage.batch(World(), 0)[0]
+    with torch.no_grad():
+        model.encoder.conv_in.weight.mul_(1.1)
     loss = stage.losses((images, detail), 0, torch.Generator())["loss"]
-    close(loss, wanted)
-    for p in (own.quantize.embedding.weight, own.encoder.conv_in.weight):
-        close(*(torch.autograd.grad(part, p, retain_graph=True)[0] for part in (loss, wanted)))
+    z, z_before = model.encode(images), stage.before.encode(images)
+    q, plain = model.lookup(model.quantize(z)), detail.amax((1, 2, 3)) == 0
+    again = model.decode(torch.cat([z[:2] + (q - z)[:2].detach(), z[2:]]))
+    weights = config.detail_weight, config.edge_weight
+    errors = (stages.reconstruction_loss(again[half], images[half], detail[half], *weights)
+              for half in (slice(2), slice(2, 8)))  # fmt: skip
+    moved = ((z - z_before).square() * plain[:, None, None]).mean() / z_before.var()
+    total = sum(x * e for x, e in zip((0.25, 0.75), errors, strict=True)) + moved
+    total = total + F.mse_loss(q, z.detach()) + config.commitment * F.mse_loss(z, q.detach())
+    total = total + config.isotropy * stages.anisotropy(z)
+    learns = [p for p in model.parameters() if p.requires_grad]
+    grads, wanted = (torch.autograd.grad(x, learns, allow_unused=True) for x in (loss, total))
+    assert loss.item() == pytest.approx(total.item(), rel=1e-4)
+    for a, b in zip(grads, wanted, strict=True):
+        close(a, b, 1e-4, 1e-3)
+
+
+def test_the_decoders_stage_trains_what_decodes_alone(road):
+    names = train.trained(make_stage("decoder", road["decoder"]).model)
+    assert {n.split(".")[0] for n in names} == {"decoder", "post_quant_conv"}
+
+
+# --- Codes ---
 
 
 def test_codes_begin_at_their_step():
@@ -377,7 +393,9 @@ def test_codes_begin_at_their_step():
 
 def test_revived_codes_start_anew_in_moments_and_average():
     options = dict(steps=10, quantise_from=1, revive_every=4, revive_until=0.5, batch_size=16)
-    stage = make_stage("vae", **options)
+    world, asked = World(), []
+    world.example = lambda i: asked.append(i) or World().example(i)
+    stage = make_stage("vae", dataset=world, **options)
     optimizer = train.make_optimizer(stage.model, make_config("vae", **options), torch.float32)
     average = {n: p.detach().clone() for n, p in stage.model.named_parameters()}
     book = stage.model.quantize.embedding.weight
@@ -402,6 +420,7 @@ def test_revived_codes_start_anew_in_moments_and_average():
         assert torch.equal(average["quantize.embedding.weight"][changed], book[changed])
         assert step != 0 or changed.all()
         assert step != 3 or not changed.all()
+    assert min(asked) >= 10**9  # pictures that training never shows
 
 
 # --- Initial values ---
@@ -414,6 +433,9 @@ def test_initial_values_are_those_of_the_paper(road):
         for p in (layer.self_attn.o_proj, layer.mlp.down_proj):
             assert p.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
         assert layer.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    codes = make_stage("chameleon", road["chameleon"]).model.vision_embedding.codebook.weight
+    before = checkpoint.open_checkpoint(road["chameleon"]).tensors("vae")
+    assert torch.equal(codes, before["quantize.embedding.weight"])
     head = make_stage("base", road["base"]).model.image_head
     for linear in (head.cond_embed, head.input_proj, head.res_blocks[0].mlp[0]):
         bound = math.sqrt(6 / sum(linear.weight.shape))
@@ -456,6 +478,40 @@ def test_a_line_is_the_mean_over_its_steps(road, tmp_path):
     assert last["held_out_loss"] == pytest.approx(whole, rel=1e-4) and whole > 0
 
 
+def test_held_out_losses_are_sums_over_micro_batches_late_in_a_run(road):
+    stage, asked = make_stage("posttrain", road["posttrain"], micro_batches=2), []
+
+    def losses(micro, step, generator, levels=None):
+        asked.append((step, levels))
+        return {"loss": torch.tensor(2.0), "image": torch.tensor(1.0)}
+
+    stage.losses = losses
+    config = make_config("posttrain", device="cpu")
+    found = train.Validation(stage, config, World(7)).losses(contextlib.nullcontext())
+    quarters = [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    assert asked == [(10**9, levels) for levels in (None, *quarters) for _ in range(2)]
+    assert found == {"held_out_loss": 4, "held_out_image": 2} | {
+        f"held_out_image_t{low}": 2 for low, _ in quarters}  # fmt: skip
+
+
+def test_pictures_are_drawn_by_the_average_and_leave_the_weights(road, tmp_path, monkeypatch):
+    stage, seen, heights = make_stage("posttrain", road["posttrain"]), [], []
+
+    def draw(pipeline, requests, **options):
+        seen.append(pipeline.model.norm.weight.clone())
+        return [sample.Answer([Segment(disc(0, (9, 9, 9)), True)]) for _ in requests]
+
+    monkeypatch.setattr(train, "generate", draw)
+    validation = train.Validation(stage, make_config("posttrain", device="cpu"), World(7))
+    weight = stage.model.norm.weight.clone()
+    average = {n: p.detach() + 1 for n, p in train.trained(stage.model).items()}
+    for number in (0, 1, 1, 0):  # a resumed run draws a row again, and drops those after it
+        validation.pictures(average, tmp_path / "a.png", 5, number, contextlib.nullcontext())
+        heights.append(Image.open(tmp_path / "a.png").height)
+    assert torch.equal(seen[1], weight + 1) and torch.equal(stage.model.norm.weight, weight)
+    assert [height / heights[0] for height in heights] == [1, 2, 2, 1]
+
+
 def test_pictures_grow_by_a_row(road, tmp_path):
     heights = []
     for steps in (1, 2):
@@ -496,25 +552,49 @@ def test_micro_batches_hold_examples_of_like_length(road):
 def test_data_depend_on_seed_and_step_alone(road, tmp_path):
     runs = [run_stage("posttrain", tmp_path / str(n), road["posttrain"], workers=n) for n in (0, 2)]
     assert same(*map(state, runs))
-    stage = make_stage("posttrain", road["posttrain"])
+    stage = make_stage("posttrain", road["posttrain"], guidance_dropout=0.5)
     a, b, other = (stage.batch(World(), step)[0] for step in (3, 3, 4))
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.images, b.images)
     assert not torch.equal(a.images, other.images)
+    assert not torch.equal(a.tokens, other.tokens)  # World's texts are the same: others are dropped
+    stage = make_stage("posttrain", road["posttrain"], guidance_dropout=0.5, seed=8)
+    assert not torch.equal(a.tokens, stage.batch(World(), 3)[0].tokens)
+
+
+def test_each_epoch_takes_every_example_once_in_an_order_of_its_own():
+    class Ten:
+        __len__, example = lambda self: 10, lambda self, index: index
+
+    seen = [i for step in range(10) for i in stages.examples(Ten(), step, 3)]
+    epochs = seen[:10], seen[10:20], seen[20:]
+    assert epochs[0] == list(range(10)) == sorted(epochs[1]) == sorted(epochs[2])
+    assert len(set(map(tuple, epochs))) == 3
+
+
+def test_worlds_begin_at_their_shares_of_the_steps_and_held_out_scenes_are_others():
+    worlds = [[0.0, {"tasks": {"image": 1.0}}], [0.5, {"tasks": {"story": 1.0}}]]
+    trained, held_out, about = train.open_data(make_config("vae", steps=8), worlds, None)
+    assert [len(trained.example(i)) for i in range(64)] == [1] * 32 + [8] * 32
+    assert all(trained.example(i) != held_out.example(i) for i in range(64))
+    assert about == worlds[1][1]
 
 
 def test_a_share_of_prompts_is_dropped_for_guidance(road):
-    def dropped(share: float) -> float:
-        stage = make_stage("posttrain", road["posttrain"], guidance_dropout=share, batch_size=400)
+    def dropped(share: float, name: str = "posttrain") -> tuple[float, float]:
+        """Of what draws, and of edits, to which the half keep their image."""
+        stage = make_stage(name, road[name], guidance_dropout=share, batch_size=400)
         (batch,) = stage.batch(World(), 0)
         own = stage.model.config
         words = data.Tokenizer(stage.tokenizer, own)
         texts = [words.decode(row.tolist()) for row in batch.tokens]
         plain = sum(stages.UNCONDITIONAL in text for text in texts)
         alone = sum(not text.strip() for text in texts)  # an edit without its instruction
-        return (plain + alone) / 300  # a fourth of the examples draws nothing
+        return (plain + alone) / 300, alone / 100  # a fourth of the examples draws nothing
 
-    assert dropped(0.0) == 0 and dropped(1.0) == 1
-    assert 0.2 < dropped(0.3) < 0.4
+    assert dropped(0.0) == dropped(1.0, "base") == (0, 0)  # stage 1 has no text to lose
+    assert 0.2 < dropped(0.3)[0] < 0.4
+    every, edits = dropped(1.0)
+    assert every == 1 and 0.4 < edits < 0.6
 
 
 # --- Every field of TrainConfig changes what a run does ---
@@ -1030,7 +1110,7 @@ def test_the_whole_road_goes_on_where_it_stopped(tmp_path, cli, monkeypatch):
         begin(name, *args)
 
     monkeypatch.setattr(train, "start_run", follow)
-    args = ["all", "--out", out, *itertools.chain(*[
+    args = ["all", "--out", out, "--seed", 4, *itertools.chain(*[
         (f"--{k.replace('_', '-')}", v) for k, v in FAST.items()])]  # fmt: skip
     assert cli(*args)[0] == 130
     assert cli(*args)[0] == 0
@@ -1040,10 +1120,7 @@ def test_the_whole_road_goes_on_where_it_stopped(tmp_path, cli, monkeypatch):
     sample.load(out)
     assert cli(*args)[0] == 0 and len(begun) == 6
     seeds = [json.loads((out / n / "run.json").read_text())["config"]["seed"] for n in train.STAGES]
-    assert seeds == [0, 0, 1, 2, 3]
-    monkeypatch.setattr(train, "start_run", lambda name, out, given, _: begun.append(given["seed"]))
-    cli("all", "--out", tmp_path / "other", "--seed", 7, "--preset", "nano")
-    assert begun[-1] == 700
+    assert seeds == [400, 401, 402, 403, 404]
     (tmp_path / "config.json").write_text("{}")
     assert "not empty" in cli("all", "--out", tmp_path)[1]
 
@@ -1072,6 +1149,17 @@ def test_a_model_goes_along_where_its_autoencoder_is_trained(road, tmp_path):
         assert same(old.tensors("model"), new.tensors("model"))
         assert not same(old.tensors("vae"), new.tensors("vae"))
         sample.load(run)
+
+
+def test_a_tuned_autoencoder_goes_on_to_the_bit(road, tmp_path):
+    """Also what its latents are held to: what it was at its first step."""
+    options, (whole, parts) = dict(steps=4, save_every=2), (tmp_path / n for n in ("a", "b"))
+    run_stage("vae", whole, road["end"], **options)
+    parts.mkdir()
+    saved = (whole / "step-00000002").rename(parts / "step-00000002")
+    start, config = checkpoint.open_checkpoint(saved), make_config("vae", **options)
+    train.train("vae", config, World(), World(7), parts, start, {"data": {}}, saved)
+    assert same(state(whole), state(parts))
 
 
 # --- Users' own data ---
@@ -1114,6 +1202,8 @@ def test_own_data_take_every_stage_and_are_known_to_a_resumed_run(cli, road, fol
 
 
 def test_own_data_are_what_is_learned_from(cli, road, folder, tmp_path):
+    sides = train.open_data(make_config("vae", data=str(folder)), [], None)[:2]
+    assert [len(side) for side in sides] == [7, 1]
     losses = []
     for run in (tmp_path / "a", tmp_path / "b"):
         assert cli(*own("decoder", run, road["decoder"], folder, "--steps", 1))[0] == 0
