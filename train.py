@@ -205,10 +205,12 @@ def accumulate(stage: Stage, config: TrainConfig, batch: list, step: int, autoca
     """Add up the gradients of this process's micro-batches -> the sums of their losses."""
     rank, ranks = rank_and_world()
     sums, generator = {}, torch.Generator(config.device)
-    for number in range(rank, len(batch), ranks):
+    for number in range(rank, math.ceil(len(batch) / ranks) * ranks, ranks):
+        there = number < len(batch)  # else another counts for nothing: all must compute as often
         generator.manual_seed(noise_seed(config.seed, step, number))
         with autocast:
-            losses = stage.losses(to(batch[number], config.device), step, generator)
+            part = to(batch[number if there else 0], config.device)
+            losses = {k: there * v for k, v in stage.losses(part, step, generator).items()}
         (losses["loss"] if ranks == 1 else for_all(losses["loss"], stage.model)).backward()
         sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
     return sums

@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -903,6 +904,21 @@ def stopped(road, tmp_path, cli, monkeypatch):
         interrupt_at(patch, 2, press_ctrl_c)
         cli(*flags(tmp_path / "stopped", road["decoder"]))
     return tmp_path / "stopped"
+
+
+def test_every_process_computes_as_often(monkeypatch):
+    """Three parts of a batch, after some of its examples were too long, for two processes."""
+    weight, seen = torch.ones((), requires_grad=True), []
+    losses = lambda part, *_: seen.append(part[0].item()) or {"loss": weight * part[0]}
+    stage = types.SimpleNamespace(model=torch.nn.Linear(1, 1), losses=losses)
+    batch = [(torch.tensor(x),) for x in (1.0, 2.0, 4.0)]
+    config = make_config("decoder", device="cpu")
+    for rank, total in ((0, 5), (1, 2)):
+        for module in (train, optim):
+            monkeypatch.setattr(module, "rank_and_world", lambda rank=rank: (rank, 2))
+        sums = train.accumulate(stage, config, batch, 0, contextlib.nullcontext())
+        assert sums["loss"] == total
+    assert seen == [1, 4, 2, 1] and weight.grad == 2 * (5 + 2)
 
 
 def test_a_refused_resume_changes_nothing(cli, stopped):
