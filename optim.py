@@ -147,8 +147,9 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
                 update = p.grad.lerp(momentum, 0.95).flatten(1)  # Nesterov's
                 scale = 0.2 * math.sqrt(max(update.shape))
                 p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -117,7 +117,7 @@ def hub_vae_config(hub: dict, source) -> VQVAEConfig:
         raise ValueError(f"{source}: vq_config is {vq!r:.40}, not an object")
     check_only(vq, VQ_ONLY, source)
     fields = {field: vq[name] for field, names in VQ_NAMES.items() for name in reversed(names)
-              if vq.get(name) is not None}  # today's name, which is the last, wins  # fmt: skip
+              if vq.get(name) is not None}  # today's name, the first, wins  # fmt: skip
     config = checkpoint.build(VQVAEConfig, fields, source)
     check_only(vq, {"embed_dim": (config.latent_channels,)}, source)
     return config

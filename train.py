@@ -156,7 +156,7 @@ class Validation:
             for micro in self.batch:
                 with autocast:
                     losses = stage.losses(to(micro, device), 10**9, generator, *levels)
-                for key in losses.keys() - {"codes_mixed"} if not name else ["image"]:
+                for key in [k for k in losses if k != "codes_mixed"] if not name else ["image"]:
                     key_of = f"held_out_{key}{name}"
                     sums[key_of] = sums.get(key_of, 0.0) + losses[key].item()
         return sums
