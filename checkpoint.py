@@ -435,6 +435,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # raises on what is not there, or holds no numbers
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where graphs are recorded
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise ValueError(f"device {name!r} is not to be had here; try --device cpu") from None

@@ -149,7 +149,8 @@ def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkp
         others = [m.state_dict() for m in (stage.vae, stage.before) if m]
         kinds = {"weights": total(stage.model.state_dict(), *others), "gradients": gradients,
                  "optimiser": total(optimizer.state_dict()), "average": total(average)}
-        kinds["activations"] = now.peak - sum(kinds.values())
+        peak, now.peak = now.peak, now.live
+        kinds["activations"] = peak - sum(kinds.values())
         save = sum(map(total, contents(stage, optimizer, average, 0)))
     every = [p.numel() for p in stage.model.parameters()]
     known = {"trained": sum(p.numel() for p in learns), "save": save, "cache": 0,
@@ -158,7 +159,8 @@ def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkp
         own = stage.vae.config
         images = sum(len(p.images) for p in batch) / config.batch_size
         known["cache"] = round(ahead * images * own.latents_per_image * own.latent_channels * 4)
-    return known | {"frozen": sum(every) - known["trained"], "memory": kinds, "peak": now.peak}
+    return known | {"frozen": sum(every) - known["trained"], "memory": kinds, "peak": peak,
+                    "saving": now.peak}  # fmt: skip
 
 
 def tell(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkpoint | None) -> None:
@@ -176,6 +178,7 @@ def tell(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkpoin
         "parameters, frozen": f"{found['frozen']:,}",
         **{f"memory, {kind}": f"{size} GB" for kind, size in gigabytes.items()},
         "memory, at the peak": f"{found['peak'] / 1e9:,.3f} GB",
+        "memory, while saving": f"{found['saving'] / 1e9:,.3f} GB",  # a GPU's or ordinary
         "disk, a save": f"{found['save'] / 1e9:,.3f} GB",
         "disk, latents ahead": f"{found['cache'] / 1e9:,.3f} GB",
     }  # fmt: skip

@@ -154,10 +154,9 @@ def compile_steps(model: Orthus) -> None:
         reason = str(error).strip().split("\n")[0]
         print(f"warning: nothing is compiled ({reason}); going on without", file=sys.stderr)
         return
-    mode = "reduce-overhead" if device.type == "cuda" else None
     for part in (model, model.image_head):
         if hasattr(part, "step"):
-            part.step = torch.compile(part.step, mode=mode)
+            part.step = torch.compile(part.step)
 
 
 # --- Guidance ------------------------------------------------------------------------------------
@@ -334,19 +333,26 @@ def draw_image(pipeline: Pipeline, rows: list[Row], cache: KVCache, hidden: Tens
     now = model.step(model.embed_tokens(boi), part)  # (B G, D)
     noise = [torch.randn(size, config.latent_channels, generator=row.noise) for row in rows]
     noise = torch.stack(noise).to(device)  # (B, L, C)
+    latents, n = torch.zeros_like(noise), torch.zeros(1, dtype=torch.long, device=device)
     weights = torch.tensor(rows[0].weights, device=device)
     prepared = model.image_head.prepare(steps)
+
+    def draw_latent() -> None:
+        """Number n of every row, in place: what the head says, the transformer reads."""
+        latent = model.image_head.sample(now.unflatten(0, shape), weights, steps,
+                                         noise.index_select(1, n)[:, 0], prepared=prepared)
+        latents.index_copy_(1, n, latent[:, None])
+        x = model.vision_embedding(latent).to(now.dtype)  # (B, D)
+        now.copy_(model.step(x.repeat_interleave(shape[1], 0), part))
+        n.add_(1)
+
     bar.total += size * len(rows)
-    latents = []
-    for n in range(size):
-        latents.append(model.image_head.sample(
-            now.unflatten(0, shape), weights, steps, noise[:, n], prepared=prepared
-        ))  # (B, C)
-        x = model.vision_embedding(latents[-1]).to(now.dtype)
-        now = model.step(x.repeat_interleave(shape[1], 0), part)
+    for number in range(size):
+        draw_latent()
         bar.update(len(rows))
+        if number == 0 and device.type == "cuda":
+            draw_latent = record(draw_latent)
     bar.clear()  # what is printed next has the line to itself
-    latents = torch.stack(latents, 1)  # (B, L, C)
     if not latents.isfinite().all():
         raise ValueError("a latent is not finite; the weights are broken, or try --dtype float32")
     hidden[[row.slots[0] for row in rows]] = now.unflatten(0, shape)[:, 0]
@@ -356,6 +362,15 @@ def draw_image(pipeline: Pipeline, rows: list[Row], cache: KVCache, hidden: Tens
         row.answer.segments.append(Segment(to_image(image), output=True))
         row.answer.latents.append(drawn)
         row.watch(row.answer)
+
+
+def record(work: Callable[[], None]) -> Callable[[], None]:
+    """Work on CUDA as one graph of its kernels: a latent has thousands, each over before Python
+    has started the next. What `work` reads and writes must keep its place in memory."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return lambda: (graph.replay(), torch.cuda.synchronize())  # else the bar would run ahead
 
 
 def prefill(pipeline: Pipeline, wanted: list[tuple[Row, int]], cache: KVCache) -> Tensor:

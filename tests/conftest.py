@@ -1,6 +1,7 @@
 """Lets tests import the top-level files, and holds the few helpers that several of them share."""
 
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are of the CPU; on_cuda.py is of a GPU
 torch.set_num_threads(1)  # models are so small that a second thread would only wait
 tqdm.set_lock(threading.RLock())  # its own is shared with forked children: killed, they keep it
 
