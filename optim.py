@@ -2,7 +2,7 @@
 
     choose_machine      device and dtype of the products
     join, shard, ..     torchrun's processes: FSDP2, whose state is saved whole
-    Optimizers          AdamW, or Muon on inner matrices and AdamW on the rest, as one
+    Muon                AdamW, but for inner matrices, whose momentum is orthogonalised
     update_average      the weight average
     contents            what of all this is saved
 """
@@ -134,18 +134,18 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices (convolutions as (out, in * 9)) are orthogonalised, scaled to the
-    size of AdamW's steps. dtype: of the products; PyTorch's own always takes bf16, which a CPU
-    without bf16 units computes forty times slower."""
+class Muon(torch.optim.AdamW):
+    """AdamW, but groups with "orthogonal" hold matrices (convolutions as (out, in * 9)) whose
+    momentum is orthogonalised and scaled to the size of AdamW's steps. dtype: of these products;
+    PyTorch's own Muon always takes bf16, forty times slower on a CPU without units for it."""
 
-    def __init__(self, parameters, lr: float, weight_decay: float, dtype: torch.dtype):
-        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay))
+    def __init__(self, groups: list[dict], dtype: torch.dtype, **options):
+        super().__init__(groups, fused=True, **options)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
+        for group in (g for g in self.param_groups if g.get("orthogonal")):
             for p in (p for p in group["params"] if p.grad is not None):
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
@@ -156,42 +156,20 @@ class Muon(torch.optim.Optimizer):
                 update = update.full_tensor() if hasattr(p, "full_tensor") else update
                 update = orthogonalise(update.to(self.dtype)).to(p.dtype).view_as(p)
                 p.add_(shard_like(update, p), alpha=-group["lr"] * scale)
+                p.grad = None  # AdamW leaves alone what has none
+        super().step()
+
+    def load_state_dict(self, state: dict) -> None:
+        trained = [p for group in self.param_groups for p in group["params"]]
+        for i, moments in state["state"].items():  # Adam's count of steps is a scalar
+            moments |= {k: shard_like(m, trained[i]) for k, m in moments.items() if m.ndim}
+        super().load_state_dict(state)
 
 
-class Optimizers:
-    """Several optimizers as one."""
-
-    def __init__(self, parts: list[torch.optim.Optimizer]):
-        self.parts = parts
-
-    @property
-    def param_groups(self) -> list[dict]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-            part.zero_grad()
-
-    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Of one parameter; empty before its first step."""
-        return next((p.state[parameter] for p in self.parts if parameter in p.state), {})
-
-    def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            trained = [p for group in part.param_groups for p in group["params"]]
-            for i, moments in state["state"].items():  # Adam's count of steps is a scalar
-                moments |= {k: shard_like(m, trained[i]) for k, m in moments.items() if m.ndim}
-            part.load_state_dict(state)
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> Optimizers:
+def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> Muon:
     """AdamW over what requires a gradient; weight decay on the matrices of linear layers and
     convolutions, not on embeddings, norms and biases. With "muon", the matrices between embeddings
-    and outputs are Muon's."""
+    and outputs are orthogonal."""
     ends = ("lm_head", "image_head.final_layer.linear", "encoder.conv_in", "decoder.conv_out")
     matrices = {id(m.weight): n not in ends for n, m in model.named_modules()
                 if isinstance(m, (nn.Linear, nn.Conv2d))}  # fmt: skip
@@ -200,12 +178,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype) ->
     groups = [
         {"params": [p for p in trained if id(p) in matrices.keys() - inner]},
         {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in inner], "orthogonal": True},
     ]
-    options = dict(lr=config.lr, weight_decay=config.weight_decay)
-    parts = [torch.optim.AdamW(groups, betas=config.betas, fused=True, **options)]
-    if orthogonal := [p for p in trained if id(p) in inner]:
-        parts.append(Muon(orthogonal, dtype=dtype, **options))
-    return Optimizers(parts)
+    return Muon(groups, dtype, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -233,7 +208,7 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, s
 # --- What is saved -------------------------------------------------------------------------------
 
 
-def contents(stage: Stage, optimizer: Optimizers, average: dict, step: int) -> tuple[dict, dict]:
+def contents(stage: Stage, optimizer: Muon, average: dict, step: int) -> tuple[dict, dict]:
     """-> tensors of the checkpoint by part, and the state to go on from; in the first process. What
     is frozen is saved as it is; low-rank products are merged in the one, kept apart in the other.
     """

@@ -133,11 +133,11 @@ def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkp
         average = {n: p.detach().clone() for n, p in trained(stage.model).items()}
         batch = stage.batch(types.SimpleNamespace(example=first.__getitem__), 0)
         part = max(batch, key=lambda p: p.tokens.numel() if isinstance(p, MicroBatch) else 0)
-        for p in learns:  # what a step before this one left
+        for p in learns:  # what a step before this one left, and the part before this one
             p.grad = torch.zeros_like(p)
-        for each in optimizer.parts:
-            each.step()
-            each.zero_grad(set_to_none=parts == 1)
+        optimizer.step()
+        for p in learns:
+            p.grad = torch.zeros_like(p) if parts > 1 else None
         now.peak = now.live
         with torch.autocast("cpu", enabled=config.dtype == "bfloat16", dtype=torch.bfloat16):
             losses = stage.losses(part, 10**9, torch.Generator())

@@ -206,7 +206,7 @@ class Stage:
     tokenizer: bytes | None = None
     others: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # parts that go along
     before: nn.Module | None = None  # what a resumed run must find as it was at its first step
-    after_step: Callable[[int, Callable, dict], None] | None = None  # step, moments of, average
+    after_step: Callable[[int, dict, dict], None] | None = None  # step, optimiser's state, average
 
 
 # --- Stages: the autoencoder ---------------------------------------------------------------------
@@ -322,7 +322,7 @@ def vae_stage(config: TrainConfig, dataset, start: Checkpoint | None, resumed: b
         return {"loss": total} | parts
 
     @torch.no_grad()
-    def revive(step: int, moments: Callable, average: dict[str, Tensor]) -> None:
+    def revive(step: int, state: dict, average: dict[str, Tensor]) -> None:
         """Codes that 8192 fresh latents never use take the place of some of these latents."""
         is_first = step == quantise_from - 1
         late = step >= config.revive_until * config.steps
@@ -339,7 +339,7 @@ def vae_stage(config: TrainConfig, dataset, start: Checkpoint | None, resumed: b
         order = order.repeat(math.ceil(len(codebook) / len(order)))
         codebook[dead] = latents[order[: int(dead.sum())].to(latents.device)]
         average["quantize.embedding.weight"][dead] = codebook[dead]
-        for name, moment in moments(codebook).items():
+        for name, moment in state.get(codebook, {}).items():
             if name != "step":
                 moment[dead] = 0
         tqdm.write(f"step {step + 1}: {int(dead.sum())} of {len(codebook)} codes set from data")

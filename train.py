@@ -15,7 +15,6 @@ Reading order: runs and their saves, validation, train(), the command line.
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,9 +41,8 @@ from tqdm import tqdm
 import data
 from checkpoint import Checkpoint
 from data import Segment
-from optim import (Optimizers, choose_machine, contents, for_all, join, keep_memory,
-                   learning_rate, make_optimizer, rank_and_world, shard, shard_like, trained,
-                   update_average)
+from optim import (Muon, choose_machine, contents, for_all, join, keep_memory, learning_rate,
+                   make_optimizer, rank_and_world, shard, shard_like, trained, update_average)
 from orthus import DiffusionHead, OrthusConfig
 from sample import Generation, Pipeline, Request, generate
 from shapes import Shapes, ShapesConfig, shapes_texts
@@ -54,7 +53,7 @@ from vae import VQVAEConfig
 # --- Runs and their saves ------------------------------------------------------------------------
 
 
-def save(run: Path, stage: Stage, optimizer: Optimizers, average: dict, step: int, about: dict):
+def save(run: Path, stage: Stage, optimizer: Muon, average: dict, step: int, about: dict):
     """A new folder step-..., there when it is whole; the last two are kept."""
     tensors, state = contents(stage, optimizer, average, step)
     if rank_and_world()[0]:
@@ -65,18 +64,11 @@ def save(run: Path, stage: Stage, optimizer: Optimizers, average: dict, step: in
     checkpoint.write(part, stage.config | about, **tensors, tokenizer=stage.tokenizer)
     with checkpoint.whole_file(part / "state.pt") as file:
         torch.save(state, file)
-    with checkpoint.whole_file(part / "state.sha256") as file:
-        file.write(digest(part / "state.pt").encode())
     if whole.exists():
         shutil.rmtree(whole)
     os.replace(part, whole)
     for old in checkpoint.saves(run)[:-2]:
         shutil.rmtree(old)
-
-
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def newest_save(run: Path) -> Path | None:
@@ -85,19 +77,20 @@ def newest_save(run: Path) -> Path | None:
 
 def read_state(saved: Path) -> dict:
     path = saved / "state.pt"
-    if not path.is_file() or not (saved / "state.sha256").is_file():
-        raise ValueError(f"{saved} has no state.pt with its state.sha256; it cannot be resumed")
-    if digest(path) != (saved / "state.sha256").read_text():
-        raise ValueError(f"{path} is damaged (its checksum is another); remove {saved} and resume "
-                         "from the save before it")
+    if not path.is_file():
+        raise ValueError(f"{saved} has no state.pt; it cannot be resumed")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is another")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever unpickling what is no archive of tensors may raise
+    except Exception as error:  # whatever reading what is no archive of tensors may raise
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is no state of a run ({reason:.80}); remove {saved}") from None
+        raise ValueError(f"{path} is damaged, or no state of a run ({reason:.80}); remove {saved} "
+                         "and resume from the save before it") from None
 
 
-def restore(state: dict, saved: Path, stage: Stage, optimizer: Optimizers) -> tuple[dict, int]:
+def restore(state: dict, saved: Path, stage: Stage, optimizer: Muon) -> tuple[dict, int]:
     """Put a stage back where it was saved -> the average, and the next step."""
     try:
         own = stage.model.state_dict()
@@ -265,9 +258,10 @@ def train(name: str, config: TrainConfig, dataset: data.Dataset, held_out: data.
             sums = accumulate(stage, config, batch, step, autocast)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
+            optimizer.zero_grad()
             update_average(average, model, config.ema, step)
             if stage.after_step:
-                stage.after_step(step, optimizer.moments, average)
+                stage.after_step(step, optimizer.state, average)
             sums["stopping"] = torch.tensor(bool(stopping))
             if ranks > 1:
                 dist.all_reduce(values := torch.stack([v.float().cpu() for v in sums.values()]))

@@ -300,9 +300,11 @@ def measured(name: str, config: train.TrainConfig, init) -> dict:
         loss.backward()
 
     backward()
-    for part in optimizer.parts:
-        part.step()
-        part.zero_grad(set_to_none=config.micro_batches == 1)
+    optimizer.step()
+    optimizer.zero_grad()
+    if config.micro_batches > 1:  # those of the part before
+        for p in learns.values():
+            p.grad = torch.zeros_like(p)
     kinds = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[kinds], profile_memory=True) as profiler:
         backward()
@@ -318,7 +320,7 @@ def measured(name: str, config: train.TrainConfig, init) -> dict:
 
     size = lambda tensors: sum(t.nbytes for t in tensors)
     models = [m for m in (stage.model, stage.vae) if m]
-    moments = [m for p in learns.values() for m in optimizer.moments(p).values()]
+    moments = [m for p in learns.values() for m in optimizer.state[p].values()]
     return {"weights": sum(size(m.parameters()) for m in models), "gradients": grads,
             "optimiser": size(moments), "average": size(average.values()),
             "step": highest(profiler), "saving": highest(saving)}  # fmt: skip

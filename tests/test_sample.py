@@ -505,7 +505,9 @@ def test_contexts_of_an_edit_are_the_whole_prompt_its_images_and_nothing():
     assert rows([text], cfg_scale=4.0) == [([text], 4.0), (empty, -3)]
     three = dataclasses.replace(two, cfg_scale=3.0)
     assert rows([text], three, min_images=1)[0][1] == 3.0  # an image, then perhaps text
-    assert rows([text], two, min_images=2) == [([text], 2.0), (empty, -1)]
+    assert rows([text], three, min_images=2) == [([text], 2.0), (empty, -1)]
+    assert rows(both, three) == [(both, 2.0), (empty, -1)]
+    assert rows(both, two, cfg_scale=1.5) == [(both, 1.5), (empty, -0.5)]  # not more to images
     plain = sample.Generation()  # no guidance, unless a checkpoint asks for it
     assert len(rows([text], plain)) == len(rows(both, plain)) == 1
 
