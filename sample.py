@@ -317,15 +317,15 @@ def take_token(row: Row, pipeline: Pipeline) -> None:
     row.watch(answer)
 
 
-def draw_image(pipeline: Pipeline, rows: list[Row], cache: KVCache, hidden: Tensor, steps: int,
-               bar: tqdm) -> None:
+def draw_image(pipeline: Pipeline, rows: list[Row], cache: KVCache, steps: int, bar: tqdm) -> None:
     """The next image of rows at <boi> whose guidance is alike: L latents in lock-step.
 
     The contexts without the prompt begin anew at every image: they are prefilled here, and see no
     text of the answer. Nothing in the loop over latents waits for the device.
     """
     model, config = pipeline.model, pipeline.model.config
-    size, device, shape = config.latents_per_image, hidden.device, (len(rows), len(rows[0].weights))
+    size, shape = config.latents_per_image, (len(rows), len(rows[0].weights))
+    device = cache.rows.device
     if shape[1] > 1:
         prefill(pipeline, [(row, g) for row in rows for g in range(1, shape[1])], cache)
     part = cache.select([slot for row in rows for slot in row.slots])
@@ -355,7 +355,6 @@ def draw_image(pipeline: Pipeline, rows: list[Row], cache: KVCache, hidden: Tens
     bar.clear()  # what is printed next has the line to itself
     if not latents.isfinite().all():
         raise ValueError("a latent is not finite; the weights are broken, or try --dtype float32")
-    hidden[[row.slots[0] for row in rows]] = now.unflatten(0, shape)[:, 0]
     images = pipeline.vae.decode(latents.to(pipeline.vae.post_quant_conv.weight.dtype))
     for row, image, drawn in zip(rows, images, latents, strict=True):
         row.budget, row.forced, row.answer.drawing = row.budget - size, config.eoi_id, False
@@ -381,7 +380,7 @@ def prefill(pipeline: Pipeline, wanted: list[tuple[Row, int]], cache: KVCache) -
     tokens = collate(blank, model.config, 1, pad_left=True).tokens.to(cache.keys.device)
     latents = [row.latents for (row, _), s in zip(wanted, sequences, strict=True) if s.images]
     none = torch.zeros(0, model.config.latent_channels, device=tokens.device)
-    cache.visible[slots], cache.used[slots] = False, 0
+    cache.used[slots] = 0
     return model(tokens, torch.cat([none, *latents]), cache.select(slots))[:, -1]
 
 
@@ -410,7 +409,7 @@ def decode(pipeline: Pipeline, rows: list[Row], options: Options, bar: tqdm) -> 
         drawing = [row for row in rows if row.answer.drawing]
         for weights in {row.weights: None for row in drawing}:
             alike = [row for row in drawing if row.weights == weights]
-            draw_image(pipeline, alike, cache, hidden, steps, bar)
+            draw_image(pipeline, alike, cache, steps, bar)
 
 
 def generate(pipeline: Pipeline, requests: list[Request], batch_size: int = 16,

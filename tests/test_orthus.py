@@ -530,6 +530,12 @@ def test_token_head_draws_codes_as_often_as_their_probability():
     codes = model.vision_embedding.codes(latents)
     assert torch.equal(model.vision_embedding.codebook(codes), latents)
     close(torch.bincount(codes, minlength=CODES) / 20_000, wanted, atol=0.02)
+    both = randn(1, 2, 32)  # guided are the logits
+    logits = 3 * model.lm_head(both[:, 0]) - 2 * model.lm_head(both[:, 1])
+    wanted = logits[0, START : START + CODES].softmax(-1)
+    latents = model.image_head.sample(both.expand(20_000, 2, 32), (3.0, -2.0), 1, randn(20_000, 8))
+    codes = model.vision_embedding.codes(latents)
+    close(torch.bincount(codes, minlength=CODES) / 20_000, wanted, atol=0.02)
 
 
 # --- Orthus.loss ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -273,9 +274,8 @@ def test_nothing_inside_an_image_waits_for_the_device(loaded, monkeypatch):
     row = sample.Row(pipeline, request(1, "On."), options, lambda *_: None)
     row.slots = [0, 1, 2]
     cache = KVCache(CONFIG, 3, 60, "meta")
-    hidden = torch.zeros(3, CONFIG.hidden_size, device="meta")
     with torch.inference_mode(), tqdm(disable=True, total=0) as bar, pytest.raises(RuntimeError):
-        sample.draw_image(pipeline, [row], cache, hidden, 3, bar)  # whose end asks for numbers
+        sample.draw_image(pipeline, [row], cache, 3, bar)  # whose end asks for numbers
     assert len(calls) == L and len(watch.operators.names) > 100 and not watch.waits()
 
 
@@ -357,6 +357,12 @@ def test_image_codes_placeholder_pad_and_bos_are_never_written_as_text(pipeline,
     c = CONFIG
     banned = {c.bos_id, c.pad_id, c.unk_id, c.image_id, c.eoi_id, *range(4, 4 + c.num_codes)}
     assert len(picked) > 60 and not banned & set(picked) and all(a.text for a in answers)
+    for first in sorted(banned):
+        picked.clear()
+        wants = 9.0 * (torch.arange(c.vocab_size) == first) + (torch.arange(c.vocab_size) == WORD)
+        monkeypatch.setattr(pipeline.model.lm_head, "forward", lambda h, w=wants: w + 0 * h[:, :1])
+        answer(pipeline, request(1, "What?"), max_tokens=1)
+        assert picked == [WORD]
 
 
 # --- Who is fed what -----------------------------------------------------------------------------
@@ -423,6 +429,32 @@ def test_the_budget_never_cuts_an_image(pipeline, max_tokens, monkeypatch):
     assert len(told.images) == max(1, max_tokens // 18 - (max_tokens % 18 < 1))
 
 
+def test_an_answer_ends_where_the_model_says_so_or_with_its_budget(pipeline, monkeypatch):
+    question = request(1, "What?")
+    for end in (CONFIG.sep_id, CONFIG.eos_id):
+        always(end, monkeypatch)
+        (told,) = answer(pipeline, question)
+        assert told.complete and not told.segments and not told.notes
+        assert "would have stopped" in answer(pipeline, question, min_images=1)[0].notes[0]
+    always(WORD, monkeypatch)
+    for most in (1, 3):
+        (told,) = answer(pipeline, question, max_tokens=most)
+        assert told.text == pipeline.tokenizer.decode([WORD] * most)
+    row = sample.Row(pipeline, question, sample.Options(max_tokens=10**6))
+    assert row.budget + len(row.contexts[0].tokens) == CONFIG.max_position_embeddings
+
+
+def test_half_a_character_is_shown_when_it_is_whole(pipeline, monkeypatch):
+    script(monkeypatch, *[WORD] * 3)
+    said, seen = {1: "a", 2: "a\ufffd", 3: "a\u00e9"}, []
+    tokenizer = types.SimpleNamespace(
+        decode=lambda ids: said[len(ids)], encode=pipeline.tokenizer.encode
+    )
+    watch = lambda _, answer: seen.append(answer.text)
+    answer(dataclasses.replace(pipeline, tokenizer=tokenizer), request(1, "What?"), watch=watch)
+    assert seen == ["a", "a", "a\u00e9", "a\u00e9"]
+
+
 def test_images_that_are_missing_are_forced_and_said_so(pipeline, monkeypatch):
     always(CONFIG.sep_id, monkeypatch)
     question = request(1, "What colour is the star?")
@@ -486,6 +518,10 @@ def test_top_p_keeps_the_most_likely_tokens():
     assert {sample.pick_token(logits, 1.0, 1e-6, seeded(s)) for s in range(50)} == {0}
     assert sample.pick_token(logits, 0.0, 1.0, seeded(0)) == 0
     assert sample.pick_token(logits, 1e-308, 1.0, seeded(0)) == 0
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    for temperature, wanted in ((4.0, {0, 1}), (1.0, {0})):  # of what is drawn from
+        draw = functools.partial(sample.pick_token, logits, temperature, 0.6)
+        assert {draw(rng) for rng in [seeded(0)] for _ in range(100)} == wanted
 
 
 # --- Guidance ------------------------------------------------------------------------------------
@@ -515,6 +551,7 @@ def test_contexts_of_an_edit_are_the_whole_prompt_its_images_and_nothing():
 def test_guidance_scale_one_is_no_guidance_and_the_unconditional_prompt_matters(pipeline):
     plain, guided = (image_of(pipeline, "a star", cfg_scale=s) for s in (1.0, 3.0))
     assert grey_levels(plain, guided) > 3
+    assert grey_levels(image_of(pipeline, "a star", cfg_scale=1.0, steps=1), plain) > 3
     defaults = dataclasses.replace(pipeline.defaults, unconditional="a red circle")
     other = dataclasses.replace(pipeline, defaults=defaults)
     assert grey_levels(image_of(other, "a star", cfg_scale=1.0), plain) == 0
@@ -638,6 +675,23 @@ def test_command_line_writes_pictures_in_prompt_order(run, pipeline, tmp_path, m
     assert last.size == (64, 64) and grey_levels(last, whole.images[0]) <= FEW
 
 
+def test_a_checkpoints_own_scale_and_pixels_and_the_steps_and_no_image(run, damaged, tmp_path):
+    config = checkpoint.read_json(damaged / checkpoint.CONFIG)
+    config["generation"] |= {"scale": 2, "hub_pixels": True}
+    (damaged / checkpoint.CONFIG).unlink()
+    (damaged / checkpoint.CONFIG).write_text(json.dumps(config))
+    run("--checkpoint", damaged, "--prompt", "a star", "--max-images", 1, "--output", tmp_path)
+    assert Image.open(tmp_path / "0000.png").size == (128, 128)
+    run("--prompt", "a star", "--max-images", 0, "--output", tmp_path / "none")
+    assert names(tmp_path / "none") == set()
+    pipeline = sample.load(damaged, dtype=torch.bfloat16)
+    assert pipeline.vae.post_quant_conv.weight.dtype == torch.float32
+    seen, encode = [], pipeline.vae.encode
+    pipeline.vae.encode = lambda images: seen.append(images) or encode(images)
+    answer(pipeline, request(1, "What?"), max_tokens=1)
+    assert torch.equal(seen[0][0], data.to_tensor(picture(1), 64, hub_pixels=True))
+
+
 def test_scale_device_and_dtype(run_main, directory, tmp_path):
     more = ("--device", "auto"), ("--dtype", "float16", "--vae", directory)
     for scale, flags in enumerate(more, 1):
@@ -647,14 +701,19 @@ def test_scale_device_and_dtype(run_main, directory, tmp_path):
     assert checkpoint.pick_device("auto").type in ("cpu", "cuda", "mps", "xpu")
 
 
-def test_a_film_has_a_frame_for_each_latent_and_one_before(run, tmp_path):
-    run("--prompt", "a star", "--film", "--scale", 2, "--output", tmp_path)
-    with Image.open(tmp_path / "0000.gif") as film:
-        assert film.n_frames == L + 1 and film.size == (128, 128)
-        film.seek(L)
-        last = film.convert("RGB")
-    whole = Image.open(tmp_path / "0000.png")
-    assert np.abs(np.asarray(last, int) - np.asarray(whole, int)).mean() < 12  # 256 colours
+def test_a_film_has_a_frame_for_each_latent_and_one_before(run, tmp_path, monkeypatch):
+    interleaved(monkeypatch)
+    flags = "--film", "--scale", 2, "--min-images", 2, "--output", tmp_path
+    run("--prompt", "Once", *flags)
+    for name in ("0000", "0001"):
+        with Image.open(tmp_path / f"{name}.gif") as film:
+            assert film.n_frames == L + 1 and film.size == (128, 128)
+            assert film.info["duration"] < 200
+            film.seek(L)
+            last = film.convert("RGB")
+            assert film.info["duration"] == 2000
+        whole = Image.open(tmp_path / f"{name}.png")
+        assert np.abs(np.asarray(last, int) - np.asarray(whole, int)).mean() < 12  # 256 colours
 
 
 @torch.inference_mode()
