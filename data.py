@@ -95,11 +95,12 @@ def layout(segments: list[Segment], tokenizer: "Tokenizer", config: OrthusConfig
 @dataclass
 class Batch:
     """tokens, labels (B, T); images (N, 3, H, W) in reading order over the batch, or latents
-    (N, L, C) that were encoded ahead."""
+    (N, L, C) that were encoded ahead; how much of a step's text and image targets is here."""
 
     tokens: Tensor
     labels: Tensor
     images: Tensor
+    shares: tuple[float, float] = (1.0, 1.0)
 
     def to(self, device) -> "Batch":
         names = "tokens", "labels", "images"
@@ -415,7 +416,8 @@ def open_dataset(paths: list[str], resolution: int, format: str | None = None,
     jsonl            a conversation a line, its images named from the file's own folder:
                      {"segments": [{"image": "a.png"}, {"text": "What is this?"},
                                    {"text": "a rabbit", "output": true}]}
-    captions         a folder of pictures, each with its caption in a .txt of the same name
+    captions         a folder of pictures, and of folders of them, each with its caption in a
+                     .txt of the same name
     llava            LLaVA-1.5's JSON: human asks, gpt answers, <image> is where the image stands
     instructpix2pix  a folder of folders, each with prompt.json and its {seed}_0.jpg, {seed}_1.jpg
     storystream      StoryStream's jsonl: stories in chunks of FRAMES; the first frame is given
@@ -515,10 +517,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 def read_rows(path: Path, kind: str, folder: Path) -> Iterator[tuple[str, object]]:
     """(place, row) of a file or folder: lines as they are, so that a damaged one is one row."""
     if kind == "captions":
-        names = {p.name for p in folder.iterdir() if p.suffix.lower() in PICTURES}
-        missing = {p.stem for p in path.glob("*.txt")} - {Path(name).stem for name in names}
-        for name in sorted(names | {f"{stem}.png" for stem in missing}):
-            yield repr(name), (name, path / Path(name).with_suffix(".txt"))
+        inside = lambda root: (p.relative_to(root) for p in root.rglob("*"))
+        names = {p for p in inside(folder) if p.suffix.lower() in PICTURES}
+        captions = {p.with_suffix("") for p in inside(path) if p.suffix == ".txt"}
+        alone = captions - {p.with_suffix("") for p in names}
+        for name in sorted(names | {p.with_name(p.name + ".png") for p in alone}):
+            yield repr(str(name)), (str(name), path / name.with_suffix(".txt"))
     elif kind == "instructpix2pix":
         for inner in sorted(p for p in path.iterdir() if p.is_dir()):
             yield repr(inner.name), (folder / inner.name, inner / "prompt.json")

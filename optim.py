@@ -43,7 +43,7 @@ def choose_machine(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the products; one line says which and why."""
     device = checkpoint.pick_device(config.device)
     if config.threads:
-        torch.set_num_threads(config.threads)
+        torch.set_num_threads(min(config.threads, os.cpu_count()))  # more would only wait
     native, name = has_fast_bf16(device), dtype_name(config, device)
     unfused = (device.type, name) == ("cpu", "bfloat16")  # where attention's own backward is slow
     torch.backends.cuda.enable_flash_sdp(not unfused)
@@ -68,7 +68,7 @@ def keep_memory() -> None:
 def join() -> None:
     """The processes that torchrun started, if it did. The first alone prints and writes."""
     if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
-        if torch.cuda.is_available():
+        if torch.cuda.device_count() > int(os.environ["LOCAL_RANK"]):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # one may encode for hours
         dist.barrier()  # an error of one must not look like another's lost connection
@@ -149,6 +149,7 @@ class Muon(torch.optim.AdamW):
             for p in (p for p in group["params"] if p.grad is not None):
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
+                    self.state[p]["step"] = torch.zeros(())  # AdamW wants to find one
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
                 update = p.grad.lerp(momentum, 0.95).flatten(1)  # Nesterov's
                 scale = 0.2 * math.sqrt(max(update.shape))

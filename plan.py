@@ -28,7 +28,7 @@ import data
 from checkpoint import Checkpoint
 from optim import contents, dtype_name, make_optimizer, trained, update_average
 from orthus import Orthus, OrthusConfig
-from stages import GENERATION, STAGES, UNCONDITIONAL, MicroBatch, TrainConfig, asdict, examples
+from stages import GENERATION, STAGES, UNCONDITIONAL, TrainConfig, asdict, examples
 from vae import VQVAE, VQVAEConfig
 
 aten = torch.ops.aten
@@ -132,7 +132,7 @@ def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkp
         optimizer = make_optimizer(stage.model, small, getattr(torch, config.dtype))
         average = {n: p.detach().clone() for n, p in trained(stage.model).items()}
         batch = stage.batch(types.SimpleNamespace(example=first.__getitem__), 0)
-        part = max(batch, key=lambda p: p.tokens.numel() if isinstance(p, MicroBatch) else 0)
+        part = max(batch, key=lambda p: p.tokens.numel() if stage.vae else 0)
         for p in learns:  # what a step before this one left, and the part before this one
             p.grad = torch.zeros_like(p)
         optimizer.step()
@@ -145,6 +145,7 @@ def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkp
         gradients = total([p.grad for p in learns])
         nn.utils.clip_grad_norm_(stage.model.parameters(), config.grad_clip)
         optimizer.step()
+        optimizer.zero_grad()
         update_average(average, stage.model, config.ema, 0)
         others = [m.state_dict() for m in (stage.vae, stage.before) if m]
         kinds = {"weights": total(stage.model.state_dict(), *others), "gradients": gradients,

@@ -43,7 +43,7 @@ class Request:
     """A prompt (text and images in order) and the seed of its answer."""
 
     prompt: list[Segment]
-    seed: int = within(0, 0, 2**63 - 1)
+    seed: int = within(0, 0, 2**32 - 1)  # a generator on a CPU reads no more of it
 
     def __post_init__(self):
         checkpoint.check_fields(self)

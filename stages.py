@@ -191,6 +191,15 @@ GENERATION = Generation(  # defaults of sample.py for a model that is trained fr
 
 
 BASE_ALONE = ("vision_embedding", "image_head", "tau", "prediction", "zero_terminal_snr")
+READ_BY = {field: stages.split() for stages, fields in {  # fields that some stages alone read
+    "vae": "quantise_from quantised_share revive_every revive_until commitment isotropy",
+    "vae decoder": "detail_weight edge_weight latent_noise",
+    "base": " ".join(BASE_ALONE) + " mixed_codes",
+    "posttrain": "lora_rank lora_scale lora_targets",
+    "chameleon posttrain": "guidance_dropout",
+    "chameleon base posttrain": "image_loss_weight diffusion_batch_multiplier input_noise "
+                                "cache_latents compile checkpoint_activations",
+}.items() for field in fields.split()}  # fmt: skip
 
 
 @dataclass
@@ -381,34 +390,27 @@ def autoencoder_stage(start: Checkpoint | None, vae: VQVAE, batch, losses, **mor
 # --- Stages: the transformer ---------------------------------------------------------------------
 
 
-@dataclass
-class MicroBatch(data.Batch):
-    """Part of a step's examples, and its shares of their text and image targets."""
-
-    shares: tuple[float, float]
-
-
-def drop_prompt(segments: list[Segment], rng: random.Random) -> list[Segment]:
+def drop_prompt(segments: list[Segment], unconditional: str, rng: random.Random) -> list[Segment]:
     """What guidance subtracts from (sample.contexts): one of the images to draw, after the prompt's
     images without its text, or after the unconditional sentence alone."""
     pictures = [s for s in segments if s.is_image]
     given, drawn = ([s for s in pictures if s.output == output] for output in (False, True))
     if not given or rng.random() < 0.5:
-        given = [Segment(UNCONDITIONAL)]
+        given = [Segment(unconditional)]
     return [*given, rng.choice(drawn)]
 
 
 def sequence_batches(config: TrainConfig, model: OrthusConfig, resolution: int,
-                     tokenizer: data.Tokenizer, images_only: bool):
+                     tokenizer: data.Tokenizer, unconditional: str, images_only: bool):
     """dataset, step -> micro-batches of examples, sorted by length so that little is padding."""
     told = []
 
-    def make(dataset: data.Dataset, step: int) -> list[MicroBatch]:
+    def make(dataset: data.Dataset, step: int) -> list[data.Batch]:
         rng, sequences = random.Random(f"{config.seed} {step}"), []
         for segments in examples(dataset, step, config.batch_size):
             draws = any(s.output and s.is_image for s in segments) and not images_only
             if draws and rng.random() < config.guidance_dropout:
-                segments = drop_prompt(segments, rng)
+                segments = drop_prompt(segments, unconditional, rng)
             sequences.append(data.layout(segments, tokenizer, model))
         if images_only:  # stage 1 learns nothing from the others
             sequences = [s for s in sequences if model.image_id in s.labels]
@@ -432,8 +434,9 @@ def sequence_batches(config: TrainConfig, model: OrthusConfig, resolution: int,
                 batch.labels[~is_image] = -100  # stage 1 has no text loss
             counts.append((int((~is_image & (batch.labels != -100)).sum()), int(is_image.sum())))
         totals = [max(1, sum(n)) for n in zip(*counts, strict=True)]
-        return [MicroBatch(b.tokens, b.labels, b.images, (t / totals[0], i / totals[1]))
-                for b, (t, i) in zip(batches, counts, strict=True)]  # fmt: skip
+        for batch, (text, image) in zip(batches, counts, strict=True):
+            batch.shares = text / totals[0], image / totals[1]
+        return batches
 
     return make
 
@@ -448,7 +451,7 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
             setattr(own, name, getattr(config, name))
     model.image_head.multiplier = own.diffusion_batch_multiplier
 
-    def losses(micro: MicroBatch, step: int, generator, levels=(0, 1000)) -> dict[str, Tensor]:
+    def losses(micro: data.Batch, step: int, generator, levels=(0, 1000)) -> dict[str, Tensor]:
         latents = micro.images
         if latents.ndim == 4:
             with torch.no_grad():
@@ -463,7 +466,7 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
         if own.vision_embedding == "softmax":  # how many codes a latent mixes (eq. 4)
             with torch.no_grad():
                 mixed = model.vision_embedding.effective_codes(latents[:256]).median()
-            parts["codes_mixed"] = mixed * len(micro.tokens) / config.batch_size
+            parts["codes_mixed"] = mixed.nan_to_num() * micro.shares[1]  # NaN is that of no image
         return parts
 
     for layer in model.layers if config.checkpoint_activations else ():
@@ -473,7 +476,8 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
         model.transformer = torch.compile(model.transformer, dynamic=True)
         model.image_head.forward = torch.compile(model.image_head.forward, dynamic=True)
     words = data.Tokenizer(tokenizer, own)
-    batch = sequence_batches(config, own, vae.config.resolution, words, images_only)
+    sentence = generation.get("unconditional", UNCONDITIONAL)
+    batch = sequence_batches(config, own, vae.config.resolution, words, sentence, images_only)
     sections = {"model": asdict(own), "vae": asdict(vae.config), "generation": generation}
     return Stage(model, "model", batch, losses, sections, vae, tokenizer)
 

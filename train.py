@@ -46,7 +46,7 @@ from optim import (Muon, choose_machine, contents, for_all, join, keep_memory, l
 from orthus import DiffusionHead, OrthusConfig
 from sample import Generation, Pipeline, Request, generate
 from shapes import Shapes, ShapesConfig, shapes_texts
-from stages import (BASE_ALONE, PRESETS, STAGES, WORLDS, Encoded, MicroBatch, Stage, TrainConfig,
+from stages import (BASE_ALONE, PRESETS, READ_BY, STAGES, WORLDS, Encoded, Stage, TrainConfig,
                     asdict)
 from vae import VQVAEConfig
 
@@ -180,7 +180,7 @@ class Validation:
 
 def to(batch, device):
     """A micro-batch, or a tuple of tensors, on a device."""
-    if isinstance(batch, MicroBatch):
+    if isinstance(batch, data.Batch):
         return batch.to(device)
     return tuple(part.to(device) for part in batch)
 
@@ -325,7 +325,7 @@ class Log:
         for key, value in values.items():
             self.sums.setdefault(key, []).append(value)
         self.steps, self.waited = self.steps + 1, self.waited + waited
-        self.tokens += sum(b.tokens.numel() for b in batch if isinstance(b, MicroBatch))
+        self.tokens += sum(b.tokens.numel() for b in batch if isinstance(b, data.Batch))
 
     def write(self, step: int, lr: float, more: Callable[[], dict[str, float]]) -> None:
         means = {key: torch.stack(v).float().mean().item() for key, v in self.sums.items()}
@@ -382,11 +382,10 @@ def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConf
             before["config"]["micro_batches"] = min(parts, given.get("batch_size", parts))
         before["world"] = WORLDS[preset][name]
     own = {key: value for key, value in given.items() if key in fields}
-    if name != "base" and (wrong := [key for key in BASE_ALONE if key in own]):
-        raise ValueError(f"{wrong[0]} is set in stage base, where a Chameleon becomes an Orthus; "
-                         f"stage {name} keeps what the checkpoint has")
-    if name != "posttrain" and own.get("lora_rank"):
-        raise ValueError(f"lora_rank is {own['lora_rank']} for stage {name}; it is of posttrain")
+    if strange := [key for key in own if name not in READ_BY.get(key, STAGES)]:
+        stages = " and ".join(READ_BY[strange[0]])
+        raise ValueError(f"{strange[0]} is {own[strange[0]]}, a setting of stage {stages}; stage "
+                         f"{name} does not read it")
     world = {key: value for key, value in given.items() if key not in (*fields, "init")}
     if world and own.get("data"):
         raise ValueError(f"{min(world)} is of the Shapes world; --data {own['data']} has its own")
@@ -518,7 +517,7 @@ def train_all(out: str, given: dict) -> None:
     for name in STAGES:
         run, started = Path(out) / name, time.time()
         resume = (run / "run.json").is_file()
-        own = {k: v for k, v in given.items() if name == "base" or k not in BASE_ALONE}
+        own = {k: v for k, v in given.items() if name in READ_BY.get(k, STAGES)}
         own |= {"init": init} if init else {}
         if "seed" in given:  # its own for each stage
             own["seed"] = given["seed"] * 100 + list(STAGES).index(name)
@@ -530,6 +529,10 @@ def train_all(out: str, given: dict) -> None:
                 return  # stopped
             minutes = (time.time() - started) / 60
             tqdm.write(f"stage {name}: {config.steps} steps, {minutes:.1f} minutes")
+        elif late := [f"{k} {own[k]}" for k, v in asdict(config).items()
+                      if k in own and v != checkpoint.read_json(run / "run.json")["config"][k]]:
+            tqdm.write(f"warning: stage {name} was finished without {', '.join(late)}, which comes "
+                       "too late; for another road give another --out", file=sys.stderr)
         init = str(run)
     publish(init, out)
     if not given.get("data"):  # its judge knows the Shapes world alone
@@ -554,6 +557,8 @@ def curves(runs: list[str], out: str) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise ValueError("curves draws with matplotlib: pip install matplotlib") from None
+    if Path(out).suffix.lower() != ".png":
+        raise ValueError(f"--out is {out!r}; give the picture a name that ends in .png")
     logs = {}
     for run in runs:
         found = [Path(run), *sorted(p for p in Path(run).glob("*") if p.is_dir())]

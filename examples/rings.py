@@ -5,6 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+if len(sys.argv) != 2 or Path(sys.argv[1]).exists():
+    sys.exit("give the name of one new folder: python examples/rings.py rings")
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True)
 for i in range(20):

@@ -20,7 +20,7 @@ import stages
 import train
 from shapes import ShapesConfig
 
-QUICK = "--steps 2 --batch-size 4 --workers 0 --pictures-every 0 --quantise-from 0"
+QUICK = "--steps 2 --batch-size 4 --workers 0 --pictures-every 0"
 
 
 def record(images: str = "", text: str = "", **more) -> dict:

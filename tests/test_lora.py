@@ -310,6 +310,7 @@ def measured(name: str, config: train.TrainConfig, init) -> dict:
         backward()
         grads = sum(p.grad.nbytes for p in learns.values() if p.grad is not None)
         optimizer.step()
+        optimizer.zero_grad()
     with torch.profiler.profile(activities=[kinds], profile_memory=True) as saving:
         kept = train.contents(stage, optimizer, average, 0)  # noqa: F841
 

@@ -71,6 +71,13 @@ def test_a_folder_of_captioned_pictures(home):
         (home / f"{name}.png").unlink()
     wanted = [[("a fox", False), (120, True)], [("ein grüner Hase", False), (60, True)]]
     assert sorted(open_all(home)) == wanted
+    (home / "in" / "it").mkdir(parents=True)
+    for name in ("c.txt", "c.png"):
+        (home / name).rename(home / "in" / "it" / name)
+    (home / "in" / "alone.txt").write_text("no picture")
+    assert sorted(open_all(home)) == wanted
+    with pytest.raises(ValueError, match="'in/alone.png'"):
+        data.open_dataset([str(home)], 16, strict=True)
 
 
 def test_llavas_human_asks_and_gpt_answers(home):

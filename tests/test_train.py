@@ -36,7 +36,7 @@ from orthus import Orthus
 from vae import VQVAE
 
 FAST = dict(preset="nano", steps=2, batch_size=8, workers=0, log_every=1, save_every=10**6,
-            validate_every=10**6, pictures_every=0, dtype="float32", quantise_from=0)  # fmt: skip
+            validate_every=10**6, pictures_every=0, dtype="float32")  # fmt: skip
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=2, head_width=48)  # fmt: skip
 SMALL_VAE = dict(base_channels=8, channel_multiplier=(1, 1, 2, 2))
@@ -91,7 +91,7 @@ class Few(World):
 
 
 def make_config(name: str, **changes) -> train.TrainConfig:
-    return train.TrainConfig(**(train.PRESETS["nano"][name] | FAST | changes))
+    return train.TrainConfig(**(train.PRESETS["nano"][name] | {"quantise_from": 0} | FAST | changes))
 
 
 def run_stage(name, out, init=None, dataset=None, **changes):
@@ -584,12 +584,14 @@ def test_worlds_begin_at_their_shares_of_the_steps_and_held_out_scenes_are_other
 def test_a_share_of_prompts_is_dropped_for_guidance(road):
     def dropped(share: float, name: str = "posttrain") -> tuple[float, float]:
         """Of what draws, and of edits, to which the half keep their image."""
-        stage = make_stage(name, road[name], guidance_dropout=share, batch_size=400)
+        start = checkpoint.open_checkpoint(road[name])
+        start.config["generation"]["unconditional"] = "Make a disc."
+        stage = make_stage(name, start, guidance_dropout=share, batch_size=400)
         (batch,) = stage.batch(World(), 0)
         own = stage.model.config
         words = data.Tokenizer(stage.tokenizer, own)
         texts = [words.decode(row.tolist()) for row in batch.tokens]
-        plain = sum(stages.UNCONDITIONAL in text for text in texts)
+        plain = sum("Make a disc." in text for text in texts)
         alone = sum(not text.strip() for text in texts)  # an edit without its instruction
         return (plain + alone) / 300, alone / 100  # a fourth of the examples draws nothing
 
@@ -671,10 +673,11 @@ def test_the_machine_is_as_asked(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(optim, "has_fast_bf16", lambda device, fast=fast: fast)
+        monkeypatch.setattr("os.cpu_count", lambda fast=fast: 4 if fast else 2)
         config = make_config("vae", device="cpu", dtype="auto", threads=3)
         assert optim.choose_machine(config) == (torch.device("cpu"), dtype)
         assert torch.backends.cuda.flash_sdp_enabled() != fast  # PyTorch's own is slow in bf16
-    assert threads == [3, 3]
+    assert threads == [3, 2]
     config = make_config("vae", device="no-such")
     assert "no-such" in complaint(lambda: optim.choose_machine(config))
 
@@ -1026,6 +1029,13 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", train.STAGES)
+def test_settings_that_a_stage_does_not_read_are_refused(name):
+    ask = lambda field: complaint(lambda: train.settings(name, None, {field: "x"}, False))
+    for field, readers in train.READ_BY.items():
+        assert ("does not read it" in ask(field)) == (name not in readers), field
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_values_are_named_in_one_line(road, tmp_path, cli, bad):
     code, said = cli(*flags(tmp_path / "run", road["decoder"], *bad.split()))
@@ -1099,6 +1109,8 @@ def test_curves_are_drawn_or_the_missing_package_is_named(road, tmp_path, cli, m
     assert cli(*args)[0] == 0
     assert Image.open(tmp_path / "curves.png").format == "PNG"
     assert "no log.jsonl" in cli("curves", tmp_path, "--out", tmp_path / "x.png")[1]
+    log = road["end"] / "log.jsonl"
+    assert cli("curves", road["end"], "--out", log)[0] == 2 and lines(road["end"])
     for text in ("[1, 2]", "{}", "no"):
         (tmp_path / "log.jsonl").write_text(text)
         code, said = cli("curves", tmp_path, "--out", tmp_path / "x.png")
@@ -1135,7 +1147,9 @@ def test_the_whole_road_goes_on_where_it_stopped(tmp_path, cli, monkeypatch):
     tensors = checkpoint.open_checkpoint(out).tensors("model").values()
     assert {t.dtype for t in tensors} == {torch.bfloat16}
     sample.load(out)
-    assert cli(*args)[0] == 0 and len(begun) == 6
+    code, said = cli(*args, "--lr", 0.5)
+    assert code == 0 and len(begun) == 6 and "base was finished without lr 0.5" in said
+    assert "warning" not in cli(*args)[1]
     seeds = [json.loads((out / n / "run.json").read_text())["config"]["seed"] for n in train.STAGES]
     assert seeds == [400, 401, 402, 403, 404]
     (tmp_path / "config.json").write_text("{}")
