@@ -515,3 +515,18 @@ def shapes_texts(config: ShapesConfig) -> list[str]:
     world = Shapes(0, config, allow_unseen=True)
     said = (segment.content for i in range(4000) for segment in world.example(i))
     return [*(text for text in said if isinstance(text, str)), "Generate an image.", *"0123456789"]
+
+
+class Schedule:
+    """Worlds one after the other: [[share of so many examples it begins at, its fields], ...]."""
+
+    def __init__(self, worlds: list, examples: int, seed: int):
+        self.begins = [round(share * examples) for share, _ in worlds]
+        self.worlds = [Shapes(seed, ShapesConfig(**fields)) for _, fields in worlds]
+
+    def example(self, index: int) -> list[Segment]:
+        number = sum(begin <= index for begin in self.begins) - 1
+        return self.worlds[number].example(index)
+
+    def texts(self) -> list[str]:
+        return [text for world in self.worlds for text in shapes_texts(world.config)]

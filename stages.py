@@ -188,8 +188,6 @@ GENERATION = Generation(  # defaults of sample.py for a model that is trained fr
     steps=10, cfg_scale=3.0, unconditional=UNCONDITIONAL, image_first=True, max_tokens=128,
     interleaved={"cfg_scale": 2.0, "cfg_image": 2.0}, scale=4,
 )
-
-
 BASE_ALONE = ("vision_embedding", "image_head", "tau", "prediction", "zero_terminal_snr")
 READ_BY = {field: stages.split() for stages, fields in {  # fields that some stages alone read
     "vae": "quantise_from quantised_share revive_every revive_until commitment isotropy",

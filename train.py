@@ -40,12 +40,11 @@ from tqdm import tqdm
 
 import data
 from checkpoint import Checkpoint
-from data import Segment
 from optim import (Muon, choose_machine, contents, for_all, join, keep_memory, learning_rate,
                    make_optimizer, rank_and_world, shard, shard_like, trained, update_average)
 from orthus import DiffusionHead, OrthusConfig
 from sample import Generation, Pipeline, Request, generate
-from shapes import Shapes, ShapesConfig, shapes_texts
+from shapes import Schedule, ShapesConfig
 from stages import (BASE_ALONE, PRESETS, READ_BY, STAGES, WORLDS, Encoded, Stage, TrainConfig,
                     asdict)
 from vae import VQVAEConfig
@@ -350,21 +349,6 @@ class Log:
 # --- Command line --------------------------------------------------------------------------------
 
 
-class Schedule:
-    """Shapes worlds one after the other: worlds [[share of the steps, fields of ShapesConfig]]."""
-
-    def __init__(self, worlds: list, config: TrainConfig, seed: int):
-        self.begins = [round(share * config.steps) * config.batch_size for share, _ in worlds]
-        self.worlds = [Shapes(seed, ShapesConfig(**fields)) for _, fields in worlds]
-
-    def example(self, index: int) -> list[Segment]:
-        number = sum(begin <= index for begin in self.begins) - 1
-        return self.worlds[number].example(index)
-
-    def texts(self) -> list[str]:
-        return [text for world in self.worlds for text in shapes_texts(world.config)]
-
-
 def settings(name: str, run: Path, given: dict, resume: bool) -> tuple[TrainConfig, list, str]:
     """-> config, worlds and init of a run: flags over what a resumed run has, over the preset."""
     preset, fields = given.get("preset", "tiny"), {f.name for f in dataclasses.fields(TrainConfig)}
@@ -418,8 +402,8 @@ def check_size(start: Checkpoint, preset: str) -> None:
 def open_data(config: TrainConfig, worlds: list, start: Checkpoint | None) -> tuple:
     """-> what to train on, what is held out, and what config.json says of it."""
     if not config.data:
-        seeds = config.seed, config.seed + 2**32
-        return *(Schedule(worlds, config, seed) for seed in seeds), worlds[-1][1]
+        examples, seeds = config.steps * config.batch_size, (config.seed, config.seed + 2**32)
+        return *(Schedule(worlds, examples, seed) for seed in seeds), worlds[-1][1]
     vae = start.section("vae") if start else asdict(VQVAEConfig.preset(config.preset))
     own = data.open_dataset(config.data.split(","), vae["resolution"], config.format,
                             config.images or None, config.strict)  # fmt: skip
@@ -527,8 +511,7 @@ def train_all(out: str, given: dict) -> None:
             start_run(name, str(run), own, resume)
             if int((newest_save(run) or Path("step-0")).name[5:]) < config.steps:
                 return  # stopped
-            minutes = (time.time() - started) / 60
-            tqdm.write(f"stage {name}: {config.steps} steps, {minutes:.1f} minutes")
+            tqdm.write(f"stage {name} took {(time.time() - started) / 60:.1f} minutes")
         elif late := [f"{k} {own[k]}" for k, v in asdict(config).items()
                       if k in own and v != checkpoint.read_json(run / "run.json")["config"][k]]:
             tqdm.write(f"warning: stage {name} was finished without {', '.join(late)}, which comes "

@@ -27,7 +27,7 @@ import plan
 import sample
 import train
 from data import Segment
-from orthus import Orthus, OrthusConfig
+from orthus import Orthus
 from vae import VQVAE, VQVAEConfig
 
 record = sample.record
