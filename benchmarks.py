@@ -256,9 +256,10 @@ def read_mmmu(paths: list[Path]) -> list[Question]:
             options = take(item, path, index2ans=dict)[0] if kind == "multiple-choice" else {}
             truth = item.get("answer")
             truth = truth if isinstance(truth, list) else [truth]
-            if not all(isinstance(text, str) for text in [*truth, *options.values()]):
-                raise ValueError(f"{path}: {name} has an answer or option that is no text; give "
-                                 "the published form of output.json")
+            is_text = all(isinstance(text, str) for text in [*truth, *options.values()])
+            if not is_text or (kind == "multiple-choice" and not options):
+                raise ValueError(f"{path}: {name} has an answer or option that is no text, or no "
+                                 "option; give the published form of output.json")
             subject = "_".join(name.split("_")[1:-1])  # of "validation_Art_Theory_3"
             questions.append(Question(subject, "", "", (truth, options), response))
     return questions
@@ -584,7 +585,10 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    args.checkpoint = str(checkpoint.open_checkpoint(args.checkpoint))  # of a run its newest save
     if args.name in DRAWN:
+        if args.answers or args.suffix:
+            raise ValueError(f"--answers and --suffix are of questions; {args.name} has none")
         draw(*DRAWN[args.name](args.files), args)
         return print(f"{args.out}: ready for {args.name}'s own scorer")
     read, score = SCORED[args.name]

@@ -366,7 +366,8 @@ def run_task(pipeline: Pipeline, examples: list[Example], task: Task, seed: int,
              **options) -> list[Verdict]:
     """Answer the examples' prompts, each with noise of its own, and judge the answers."""
     seeds = [random.Random(f"{task.noise} {seed} {i}") for i in range(len(examples))]
-    requests = [Request(e.prompt, s.getrandbits(62)) for e, s in zip(examples, seeds, strict=True)]
+    noise = [s.getrandbits(62) % 2**32 for s in seeds]
+    requests = [Request(e.prompt, s) for e, s in zip(examples, noise, strict=True)]
     if task.verdicts is said:  # guidance is for images
         options |= {"cfg_scale": 1, "cfg_image": 1}
     answers = generate(pipeline, requests, **options)

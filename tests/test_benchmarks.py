@@ -11,6 +11,7 @@ from conftest import ROOT, complaint
 from PIL import Image
 
 import benchmarks
+import checkpoint
 import evaluate
 import shapes
 from shapes import Thing
@@ -228,6 +229,7 @@ def test_geneval(run_main, tmp_path, painter):
     assert painter[20:] == [painter[7]]
     code, _, said = run_main(evaluate, *command, "--seed", 1)  # others would be left as they are
     assert code == 2 and "another --out" in said and len(painter) == 21
+    assert run_main(evaluate, *command, "--answers", path)[0] == 2
 
 
 def test_hpsv2(run_main, tmp_path, painter):
@@ -288,8 +290,14 @@ def test_tiny_answers_and_goes_on(run_main, tmp_path, star, monkeypatch):
 def test_tiny_draws(run_main, tmp_path):
     path, out = tmp_path / "photo.json", tmp_path / "out"
     path.write_text('["a red circle"]')
-    assert run_main(evaluate, "bench", "hpsv2", path, "--out", out, "--device", "cpu")[0] == 0
+    (run := tmp_path / "run").mkdir()  # which stands for its newest save
+    (run / "run.json").write_text("{}")
+    (run / "step-00000001").symlink_to(ROOT / "checkpoints" / "tiny")
+    command = "bench", "hpsv2", path, "--out", out, "--device", "cpu", "--checkpoint", run
+    assert run_main(evaluate, *command)[0] == 0
     assert Image.open(out / "photo" / "00000.jpg").size == (64, 64)
+    made = checkpoint.read_json(tmp_path / "out.json")
+    assert made["checkpoint"] == str(run / "step-00000001")
 
 
 def test_answers_of_another_run_are_not_taken(run_main, tmp_path, star):
@@ -324,6 +332,8 @@ def test_images_are_looked_for_first(run_main, tmp_path, star, monkeypatch):
     ("gqa", '{"1": {"isBalanced": true}}', "question 1 is .* 'imageId' is a str"),
     ("mmmu", '[{"id": "a_b_1", "question_type": "open"}]', "'response' is a str"),
     ("mmmu", '[{"id": "a_b_1", "question_type": "open", "response": "", "answer": 3}]', "no text"),
+    ("mmmu", '[{"id": "a_b_1", "question_type": "multiple-choice", "response": "", "answer": "A", '
+             '"index2ans": {}}]', "no option"),
 ])  # fmt: skip
 def test_bad_files(tmp_path, name, text, wanted):
     path = tmp_path / "file.json"
