@@ -28,7 +28,7 @@ import sample
 import train
 from data import Segment
 from orthus import Orthus
-from vae import VQVAE, VQVAEConfig
+from vae import VQVAE
 
 record = sample.record
 
