@@ -91,7 +91,8 @@ class Few(World):
 
 
 def make_config(name: str, **changes) -> train.TrainConfig:
-    return train.TrainConfig(**(train.PRESETS["nano"][name] | {"quantise_from": 0} | FAST | changes))
+    preset = train.PRESETS["nano"][name] | {"quantise_from": 0}
+    return train.TrainConfig(**(preset | FAST | changes))
 
 
 def run_stage(name, out, init=None, dataset=None, **changes):
@@ -1034,6 +1035,9 @@ def test_settings_that_a_stage_does_not_read_are_refused(name):
     ask = lambda field: complaint(lambda: train.settings(name, None, {field: "x"}, False))
     for field, readers in train.READ_BY.items():
         assert ("does not read it" in ask(field)) == (name not in readers), field
+    others = dict(vae="tau input_noise", decoder="isotropy compile", chameleon="latent_noise lora_rank",
+                  base="guidance_dropout quantise_from", posttrain="mixed_codes edge_weight")
+    assert all("does not read it" in ask(field) for field in others[name].split())
 
 
 @pytest.mark.parametrize("bad", BAD)
