@@ -269,6 +269,22 @@ def test_muon_is_pytorchs():
     assert 0.6 < values.min() and values.max() < 1.3
 
 
+@pytest.mark.parametrize("name", train.STAGES)
+def test_muon_is_for_inner_matrices_alone(road, name):
+    outer = "embed_tokens codebook embedding lm_head final_layer.linear encoder.conv_in decoder.conv_out"
+    for kind in ("muon", "adamw"):
+        stage = make_stage(name, road[name], optimizer=kind)
+        config = make_config(name, optimizer=kind)
+        optimizer = train.make_optimizer(stage.model, config, torch.float32)
+        for p in train.trained(stage.model).values():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        ours = {n for n, p in train.trained(stage.model).items() if "momentum" in optimizer.state[p]}
+        inner = {n for n, p in train.trained(stage.model).items()
+                 if p.ndim > 1 and "norm" not in n and not any(o in n for o in outer.split())}
+        assert ours == (inner if kind == "muon" else set())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
 def test_orthogonalise_works_in_the_dtype_that_it_gets(shape, dtype):
@@ -1143,7 +1159,8 @@ def test_the_whole_road_goes_on_where_it_stopped(tmp_path, cli, monkeypatch):
         begin(name, *args)
 
     monkeypatch.setattr(train, "start_run", follow)
-    args = ["all", "--out", out, "--seed", 4, *itertools.chain(*[
+    own = "--isotropy", 0.5, "--input-noise", 0.1  # of the first, and of the last three
+    args = ["all", "--out", out, "--seed", 4, *own, *itertools.chain(*[
         (f"--{k.replace('_', '-')}", v) for k, v in FAST.items()])]  # fmt: skip
     assert cli(*args)[0] == 130
     assert cli(*args)[0] == 0
@@ -1154,8 +1171,9 @@ def test_the_whole_road_goes_on_where_it_stopped(tmp_path, cli, monkeypatch):
     code, said = cli(*args, "--lr", 0.5)
     assert code == 0 and len(begun) == 6 and "base was finished without lr 0.5" in said
     assert "warning" not in cli(*args)[1]
-    seeds = [json.loads((out / n / "run.json").read_text())["config"]["seed"] for n in train.STAGES]
-    assert seeds == [400, 401, 402, 403, 404]
+    configs = [json.loads((out / n / "run.json").read_text())["config"] for n in train.STAGES]
+    assert [config["seed"] for config in configs] == [400, 401, 402, 403, 404]
+    assert [config["input_noise"] for config in configs] == [0, 0, 0.1, 0.1, 0.1]
     (tmp_path / "config.json").write_text("{}")
     assert "not empty" in cli("all", "--out", tmp_path)[1]
 
