@@ -271,17 +271,19 @@ def test_muon_is_pytorchs():
 
 @pytest.mark.parametrize("name", train.STAGES)
 def test_muon_is_for_inner_matrices_alone(road, name):
-    outer = "embed_tokens codebook embedding lm_head final_layer.linear encoder.conv_in decoder.conv_out"
+    outer = ("embed_tokens", "codebook", "embedding", "lm_head", "final_layer.linear",
+             "encoder.conv_in", "decoder.conv_out")  # fmt: skip
     for kind in ("muon", "adamw"):
         stage = make_stage(name, road[name], optimizer=kind)
         config = make_config(name, optimizer=kind)
         optimizer = train.make_optimizer(stage.model, config, torch.float32)
-        for p in train.trained(stage.model).values():
+        learns = train.trained(stage.model)
+        for p in learns.values():
             p.grad = torch.ones_like(p)
         optimizer.step()
-        ours = {n for n, p in train.trained(stage.model).items() if "momentum" in optimizer.state[p]}
-        inner = {n for n, p in train.trained(stage.model).items()
-                 if p.ndim > 1 and "norm" not in n and not any(o in n for o in outer.split())}
+        ours = {n for n, p in learns.items() if "momentum" in optimizer.state[p]}
+        inner = {n for n, p in learns.items()
+                 if p.ndim > 1 and "norm" not in n and not any(o in n for o in outer)}
         assert ours == (inner if kind == "muon" else set())
 
 
@@ -616,6 +618,14 @@ def test_a_share_of_prompts_is_dropped_for_guidance(road):
     assert 0.2 < dropped(0.3)[0] < 0.4
     every, edits = dropped(1.0)
     assert every == 1 and 0.4 < edits < 0.6
+
+
+def test_texts_alone_can_be_trained_on(road):
+    world = World()
+    world.example = lambda index: [Segment("How many discs are there?"), Segment("one", True)]
+    stage = make_stage("posttrain", road["posttrain"])
+    losses = stage.losses(stage.batch(world, 0)[0], 0, torch.Generator())
+    assert losses["text"] > 0 and losses["image"] == losses["codes_mixed"] == 0
 
 
 # --- Every field of TrainConfig changes what a run does ---
@@ -1051,8 +1061,8 @@ def test_settings_that_a_stage_does_not_read_are_refused(name):
     ask = lambda field: complaint(lambda: train.settings(name, None, {field: "x"}, False))
     for field, readers in train.READ_BY.items():
         assert ("does not read it" in ask(field)) == (name not in readers), field
-    others = dict(vae="tau input_noise", decoder="isotropy compile", chameleon="latent_noise lora_rank",
-                  base="guidance_dropout quantise_from", posttrain="mixed_codes edge_weight")
+    others = dict(vae="tau input_noise", decoder="isotropy compile", chameleon="latent_noise tau",
+                  base="guidance_dropout lora_rank", posttrain="mixed_codes edge_weight")
     assert all("does not read it" in ask(field) for field in others[name].split())
 
 
