@@ -628,6 +628,14 @@ def test_texts_alone_can_be_trained_on(road):
     assert losses["text"] > 0 and losses["image"] == losses["codes_mixed"] == 0
 
 
+def test_mixed_codes_weigh_as_the_output_images_do(road):
+    stage = make_stage("posttrain", road["posttrain"], micro_batches=2)
+    for part in stage.batch(World(), 0):
+        alone = dataclasses.replace(part, shares=(1.0, 1.0))
+        own, whole = (stage.losses(p, 0, torch.Generator())["codes_mixed"] for p in (part, alone))
+        assert own == pytest.approx(part.shares[1] * whole.item()) and whole > 1
+
+
 # --- Every field of TrainConfig changes what a run does ---
 
 # field: stage, its value, other fields of both runs
