@@ -449,23 +449,23 @@ def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenize
             setattr(own, name, getattr(config, name))
     model.image_head.multiplier = own.diffusion_batch_multiplier
 
-    def losses(micro: data.Batch, step: int, generator, levels=(0, 1000)) -> dict[str, Tensor]:
-        latents = micro.images
+    def losses(part: data.Batch, step: int, generator, levels=(0, 1000)) -> dict[str, Tensor]:
+        latents = part.images
         if latents.ndim == 4:
             with torch.no_grad():
                 latents = vae.encode(latents.to(memory_format=torch.channels_last))
         latents = latents.float().flatten(0, 1)  # (N, C)
-        is_output = micro.labels[micro.tokens == own.image_id] == own.image_id  # (N,)
-        noise = config.input_noise * latents.std() * randn(latents.shape, latents, generator)
-        read = latents + noise * is_output[:, None] if config.input_noise else latents
-        loss = model.loss(micro.tokens, read, micro.labels, generator, latents, micro.shares,
-                          levels)  # fmt: skip
-        parts = {"loss": loss.total, "text": loss.text, "image": loss.image}
+        is_output = part.labels[part.tokens == own.image_id] == own.image_id  # (N,)
+        noise, read = randn(latents.shape, latents, generator), latents
+        if config.input_noise and len(latents):
+            read = latents + config.input_noise * latents.std() * noise * is_output[:, None]
+        loss = model.loss(part.tokens, read, part.labels, generator, latents, part.shares, levels)
+        terms = {"loss": loss.total, "text": loss.text, "image": loss.image}
         if own.vision_embedding == "softmax":  # how many codes a latent mixes (eq. 4)
             with torch.no_grad():
                 mixed = model.vision_embedding.effective_codes(latents[:256]).median()
-            parts["codes_mixed"] = mixed.nan_to_num() * micro.shares[1]  # NaN is that of no image
-        return parts
+            terms["codes_mixed"] = mixed.nan_to_num() * part.shares[1]  # NaN is that of no image
+        return terms
 
     for layer in model.layers if config.checkpoint_activations else ():
         keep = dict(use_reentrant=False, preserve_rng_state=False)  # a layer draws no numbers
