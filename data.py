@@ -95,7 +95,8 @@ def layout(segments: list[Segment], tokenizer: "Tokenizer", config: OrthusConfig
 @dataclass
 class Batch:
     """tokens, labels (B, T); images (N, 3, H, W) in reading order over the batch, or latents
-    (N, L, C) that were encoded ahead; how much of a step's text and image targets is here."""
+    (N, L, C) that were encoded ahead; shares: of a step's text and image targets, how much is here.
+    """
 
     tokens: Tensor
     labels: Tensor

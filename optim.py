@@ -68,7 +68,7 @@ def keep_memory() -> None:
 def join() -> None:
     """The processes that torchrun started, if it did. The first alone prints and writes."""
     if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
-        if torch.cuda.device_count() > int(os.environ["LOCAL_RANK"]):
+        if torch.cuda.device_count() > int(os.environ["LOCAL_RANK"]):  # fewer: only CPUs can do it
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # one may encode for hours
         dist.barrier()  # an error of one must not look like another's lost connection

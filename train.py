@@ -512,8 +512,9 @@ def train_all(out: str, given: dict) -> None:
             if int((newest_save(run) or Path("step-0")).name[5:]) < config.steps:
                 return  # stopped
             tqdm.write(f"stage {name} took {(time.time() - started) / 60:.1f} minutes")
-        elif late := [f"{k} {own[k]}" for k, v in asdict(config).items()
-                      if k in own and v != checkpoint.read_json(run / "run.json")["config"][k]]:
+        elif late := [f"{k} {own[k]}" for k, v in
+                      checkpoint.read_json(run / "run.json")["config"].items()
+                      if k in own and v != asdict(config)[k]]:  # fmt: skip
             tqdm.write(f"warning: stage {name} was finished without {', '.join(late)}, which comes "
                        "too late; for another road give another --out", file=sys.stderr)
         init = str(run)
