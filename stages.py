@@ -6,246 +6,173 @@
     base        stage 1: softmax embedding and diffusion head, images only    (eq. 3, 4)
     posttrain   stage 2: everything but the autoencoder, L_ar + lambda L_diff
 
-A stage is a function of its settings, a dataset and a checkpoint that builds a Stage: a model, a
-function step -> batch and a function batch -> losses. It writes nothing; train.py runs it.
-Reading order: TrainConfig, PRESETS and WORLDS (data), then the stages.
+A stage has `model`, `batch(dataset, step) -> parts`, `losses(part, step, generator)` and, where it
+needs one, `after_step`. It writes nothing: train.py runs it. Reading order: settings, presets, the
+autoencoder's stages, the transformer's, low rank.
+
+Data depend on (seed, step) alone, and so does the noise, whose generator is handed in: that is all
+the randomness of training but for the initial weights, which are drawn from the seed.
 """
 
 import copy
 import dataclasses
 import functools
-import json
 import math
 import random
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import checkpoint
 import data
-import lora
-from checkpoint import Checkpoint, within
-from data import FORMATS, Segment
-from orthus import HEADS, Orthus, OrthusConfig, randn
-from sample import Generation
+from checkpoint import Checkpoint, setting
+from data import Batch, Segment
+from orthus import HEADS, DiffusionHead, Orthus, OrthusConfig, randn
 from vae import VQVAE, VQVAEConfig
 
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-def asdict(config) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists, as JSON has them
-
-
-def note(default, help: str):
-    """A field of TrainConfig that is no number; its flag has this help."""
-    return field(default=default, metadata={"help": help})
+# --- Settings ------------------------------------------------------------------------------------
 
 
 @dataclass
-class TrainConfig:
-    """Everything that shapes a run. PRESETS overrides these defaults per size and stage, flags
-    override both; the whole is written into the run's run.json."""
+class Settings:
+    """What all stages read. PRESETS overrides these defaults per size and stage, flags override
+    both; the whole is written into the run's run.json."""
 
-    preset: Literal["nano", "tiny", "7b"] = note("tiny", "sizes and settings (default: tiny)")
-    seed: int = within(0, 0, 2**31, "of weights, data and noise")
-    steps: int = within(1000, 1, 10**9, "optimiser steps in all")
-    batch_size: int = within(64, 1, 2**20, "examples a step")
-    micro_batches: int = within(1, 1, 2**20, "parts of a batch, by length: saves memory")
-    lr: float = within(1e-3, 1e-12, 10, "peak; linear warm-up, then a cosine to zero")
-    warmup: float = within(0.05, 0, 1, "share of the steps")
-    optimizer: Literal["adamw", "muon"] = note("adamw", "muon: for inner matrices alone")
-    betas: tuple[float, float] = within((0.9, 0.99), 0, 1, "of AdamW")
-    weight_decay: float = within(0.01, 0, 10, "on matrices only")
-    grad_clip: float = within(1.0, 1e-9, 1e9, "largest norm of the gradient")
-    ema: float = within(0.999, 0, 1, "decay of the weight average, which is what is saved")
-    # the autoencoder's stages
-    quantise_from: int = within(100, 0, 10**9, "first step with a codebook, which is set from data")
-    quantised_share: float = within(0.125, 0, 1, "of a batch goes through the codes")
-    revive_every: int = within(200, 1, 10**9, "steps after which dead codes are set from data")
-    revive_until: float = within(0.7, 0, 1, "share of the steps")
-    commitment: float = within(0.1, 0, 1e3, "weight of the commitment loss")
-    detail_weight: float = within(0.5, 0, 1e3, "weight of the error where small detail is")
-    edge_weight: float = within(0.0, 0, 1e3, "weight of the error of neighbouring differences")
-    latent_noise: float = within(0.2, 0, 10, "on decoded latents, in their standard deviations")
-    isotropy: float = within(0.01, 0, 1e3, "weight of the latents' anisotropy")
-    # the transformer's stages; nothing: what the checkpoint, or the preset, has
-    image_loss_weight: float | None = within(None, 0, 1e9, "lambda")
-    vision_embedding: Literal["softmax", "argmin", "linear"] | None = note(None, "of base: table 5")
-    image_head: Literal["diffusion", "mse", "tokens"] | None = note(None, "of base (appendix C)")
-    tau: float | None = within(None, 1e-9, 1e9, "temperature of eq. 4 (nothing: by --mixed-codes)")
-    mixed_codes: float = within(200.0, 1, 1e6, "codes that a median latent is to mix, sets tau")
-    prediction: Literal["velocity", "epsilon"] | None = note(None, "what the head predicts")
-    zero_terminal_snr: bool | None = note(None, "of the noise schedule")
-    diffusion_batch_multiplier: int | None = within(None, 1, 1024, "noisings of a latent a step")
-    input_noise: float = within(0.0, 0, 10, "on output images as they are read back, in their "
-        "standard deviations")
-    guidance_dropout: float = within(0.1, 0, 1, "share of prompts for images that lose their text")
-    cache_latents: int = within(0, 0, 10**9, "encode so many examples ahead and train from them; 0 "
-        "encodes as it goes")
-    lora_rank: int = within(0, 0, 2**14, "of posttrain: low-rank training of the transformer; 0 "
-        "trains it in full, which at 7b needs a node of GPUs (--dry-run says how much)")
-    lora_scale: float = within(2.0, 1e-9, 1e9, "of the low-rank product (elsewhere alpha / rank)")
-    lora_targets: tuple[str, ...] = note(lora.TARGETS, "linear layers with a low-rank product "
-        f"(default: {' '.join(lora.TARGETS)})")
-    checkpoint_activations: bool = note(False, "keep only what enters each layer of the "
-        "transformer and compute the rest again for gradients: less memory, a third more time")
-    # users' own data, in place of the Shapes world
-    data: str = note("", "your own files: PATH[,PATH...], each a file or folder of a --format")
-    format: Literal[tuple(FORMATS)] | None = note(None, "of --data (nothing: what it is like)")
-    images: str = note("", "the folder that images in --data are named from (nothing: its own)")
-    strict: bool = note(False, "stop at the first row of --data that cannot be used")
-    # the machine and the log
-    device: str = note("auto", "auto, cpu, cuda, ...")
-    dtype: Literal["auto", "bfloat16", "float32"] = note("auto", "of matrix products (autocast)")
-    threads: int = within(0, 0, 1024, "CPU threads; 0 is one a core")
-    workers: int = within(1, 0, 64, "data processes")
-    compile: bool = note(False, "torch.compile the transformer and the head")
-    log_every: int = within(50, 1, 10**9, "steps a line")
-    save_every: int = within(500, 1, 10**9, "steps a save")
-    validate_every: int = within(250, 1, 10**9, "steps a validation on held-out examples")
-    pictures_every: int = within(2, 0, 10**9, "validations a row of pictures; 0 draws none")
-    tensorboard: bool = note(False, "write the log for tensorboard too")
-
-    def __post_init__(self):
-        checkpoint.check_fields(self)
-        if self.micro_batches > self.batch_size:
-            raise ValueError(f"micro_batches is {self.micro_batches}; want at most batch_size, "
-                             f"{self.batch_size}")
+    preset: str = setting("tiny", "sizes and settings (default: tiny)", "nano", "tiny", "7b")
+    seed: int = setting(0, "of weights, data and noise", int, 0, 2**31)
+    steps: int = setting(1000, "optimiser steps in all", int, 1, 10**9)
+    batch_size: int = setting(64, "examples a step", int, 1, 2**20)
+    lr: float = setting(1e-3, "peak; linear warm-up, then a cosine to zero", float, 1e-12, 10)
+    warmup: float = setting(0.05, "share of the steps", float, 0, 1)
+    optimizer: str = setting("adamw", "adamw, or module:function")
+    betas: tuple[float, float] = setting((0.9, 0.99), "of AdamW", float, 0, 1)
+    weight_decay: float = setting(0.01, "on matrices only", float, 0, 10)
+    grad_clip: float = setting(1.0, "largest norm of the gradient", float, 1e-9, 1e9)
+    ema: float = setting(0.999, "decay of the weight average, which is what is saved", float, 0, 1)
+    data: str = setting("", "a file, a folder, module:function, or several with shares")
+    data_args: str = setting("{}", "JSON: arguments of the function in --data")
+    device: str = setting("auto", "auto, cpu, cuda, ...")
+    dtype: str = setting("auto", "of matrix products (autocast)", "auto", "bfloat16", "float32")
+    threads: int = setting(0, "CPU threads; 0 is one a core", int, 0, 1024)
+    workers: int = setting(1, "data processes", int, 0, 64)
+    log_every: int = setting(50, "steps a line", int, 1, 10**9)
+    save_every: int = setting(500, "steps a save", int, 1, 10**9)
+    validate_every: int = setting(250, "steps a validation on held-out examples", int, 1, 10**9)
 
 
-BATCHES = dict(batch_size=96, micro_batches=3, optimizer="muon")
-NANO_BATCHES = dict(batch_size=32, lr=2e-3, optimizer="muon", ema=0.995)
-ONE_GPU = dict(checkpoint_activations=True, dtype="bfloat16")
+@dataclass
+class AutoencoderSettings(Settings):
+    detail_weight: float = setting(0.5, "of the error where small detail is", float, 0, 1e3)
+    edge_weight: float = setting(0.0, "of the error of neighbouring differences", float, 0, 1e3)
+    latent_noise: float = setting(0.2, "on decoded latents, in deviations", float, 0, 10)
+
+
+@dataclass
+class DecoderSettings(AutoencoderSettings):
+    micro_batches: int = setting(1, "parts of a batch: saves memory", int, 1, 2**20)
+
+
+@dataclass
+class VAESettings(AutoencoderSettings):
+    quantise_from: int = setting(100, "first step with codes, set from data", int, 0, 10**9)
+    quantised_share: float = setting(0.125, "of a batch goes through the codes", float, 0, 1)
+    revive_every: int = setting(200, "steps after which dead codes are reset", int, 1, 10**9)
+    revive_until: float = setting(0.7, "share of the steps", float, 0, 1)
+    commitment: float = setting(0.1, "weight of the commitment loss", float, 0, 1e3)
+    isotropy: float = setting(0.01, "weight of the latents' anisotropy", float, 0, 1e3)
+
+
+@dataclass
+class TransformerSettings(Settings):
+    """Where nothing is given: what the checkpoint, or the preset, has."""
+
+    micro_batches: int = setting(1, "parts of a batch, by length: saves memory", int, 1, 2**20)
+    image_loss_weight: float | None = setting(None, "lambda", float, 0, 1e9)
+    diffusion_batch_multiplier: int | None = setting(None, "noisings a latent", int, 1, 1024)
+    input_noise: float = setting(0.0, "on output images as they are read back", float, 0, 10)
+    compile: bool = setting(False, "torch.compile the transformer and the head")
+    checkpoint_activations: bool = setting(False, "less memory, a third more time")
+    pictures_every: int = setting(2, "validations a row of pictures; 0: none", int, 0, 10**9)
+
+
+@dataclass
+class BaseSettings(TransformerSettings):
+    vision_embedding: str | None = setting(None, "table 5", "softmax", "argmin", "linear")
+    image_head: str | None = setting(None, "a name in orthus.HEADS", str)
+    tau: float | None = setting(None, "of eq. 4 (default: by --mixed-codes)", float, 1e-9, 1e9)
+    mixed_codes: float = setting(200.0, "that a median latent mixes: sets tau", float, 1, 1e6)
+    prediction: str | None = setting(None, "of the head", "velocity", "epsilon")
+    zero_terminal_snr: bool | None = setting(None, "of the noise schedule", bool)
+
+
+@dataclass
+class ChameleonSettings(TransformerSettings):
+    guidance_dropout: float = setting(0.1, "share of prompts that lose their text", float, 0, 1)
+
+
+@dataclass
+class PosttrainSettings(ChameleonSettings):
+    lora_rank: int = setting(0, "of low-rank training; 0: in full", int, 0, 2**14)
+    lora_scale: float = setting(2.0, "of the product (elsewhere alpha / rank)", float, 1e-9, 1e9)
+    lora_targets: tuple[str, ...] = setting(LINEAR, f"linear layers ({' '.join(LINEAR)})")
+
+
+MUON, UNCONDITIONAL = "lab.muon:muon", "Generate an image."
+CROWDS, TASKS = "lab.shapes:nano_crowds", "lab.shapes:nano_tasks"
+NANO_VAE = dict(batch_size=16, latent_noise=0.3, edge_weight=4.0, data=CROWDS)
+NANO = dict(batch_size=32, lr=2e-3, optimizer=MUON, ema=0.995, data=TASKS)
+NANO_CODES = dict(ema=0.995, optimizer=MUON, isotropy=0.02, commitment=0.02)
+TINY_VAE = dict(batch_size=32, dtype="float32", data="lab.shapes:tiny_pictures")
+TINY = dict(batch_size=96, micro_batches=3, optimizer=MUON, dtype="float32")
+TINY |= dict(data="lab.shapes:tiny_tasks")
+ONE_GPU = dict(checkpoint_activations=True, dtype="bfloat16", data="lab.shapes:tiny_tasks")
+PICTURES = dict(data="lab.shapes:tiny_pictures")
 PRESETS = {
     "nano": {
-        "vae": dict(steps=1000, batch_size=16, lr=4e-3, optimizer="muon", ema=0.995,
-                    latent_noise=0.3, isotropy=0.02, commitment=0.02, edge_weight=4.0),
-        "decoder": dict(steps=100, batch_size=16, lr=5e-4, latent_noise=0.3, edge_weight=4.0),
-        "chameleon": NANO_BATCHES | dict(seed=1, steps=400, image_loss_weight=1.0),
-        "base": NANO_BATCHES | dict(seed=2, steps=150, mixed_codes=50.0),
-        "posttrain": NANO_BATCHES | dict(seed=3, steps=1400, batch_size=64, image_loss_weight=2.0,
-                                         input_noise=0.25),
+        "vae": NANO_VAE | NANO_CODES | dict(steps=1000, lr=4e-3),
+        "decoder": NANO_VAE | dict(steps=100, lr=5e-4),
+        "chameleon": NANO | dict(seed=1, steps=400, image_loss_weight=1.0),
+        "base": NANO | dict(seed=2, steps=150, mixed_codes=50.0, data="lab.shapes:nano_pictures"),
+        "posttrain": NANO
+        | dict(seed=3, steps=1400, batch_size=64, input_noise=0.25)
+        | dict(image_loss_weight=2.0),
     },
     "tiny": {
-        "vae": dict(steps=10500, batch_size=32, lr=1.5e-3),
-        "decoder": dict(steps=800, batch_size=32, lr=5e-4),
-        "chameleon": dict(seed=1, steps=400, image_loss_weight=1.0) | BATCHES,
-        "base": dict(seed=2, steps=300, lr=2e-3, optimizer="muon"),
-        "posttrain": dict(seed=3, steps=11700, image_loss_weight=5.0, input_noise=0.25) | BATCHES,
+        "vae": TINY_VAE | dict(steps=10500, lr=1.5e-3),
+        "decoder": TINY_VAE | dict(steps=800, lr=5e-4, data_args='{"digits": 0.5}'),
+        "chameleon": TINY | dict(seed=1, steps=400, image_loss_weight=1.0),
+        "base": dict(seed=2, steps=300, lr=2e-3, optimizer=MUON, dtype="float32") | PICTURES,
+        "posttrain": TINY | dict(seed=3, steps=11700, image_loss_weight=5.0, input_noise=0.25),
     },
     "7b": {  # the paper's settings, in parts of a batch that one GPU holds
-        "decoder": dict(steps=15000, batch_size=256, micro_batches=128, lr=1e-5) | ONE_GPU,
-        "base": dict(steps=15000, batch_size=32, micro_batches=32, lr=1e-4, tau=1.0,
-                     image_loss_weight=1.0) | ONE_GPU,
-        "posttrain": dict(steps=35000, batch_size=16, micro_batches=16, lr=1e-5, lora_rank=64,
-                          lora_scale=16.0, image_loss_weight=100.0) | ONE_GPU,
+        "decoder": dict(steps=15000, batch_size=256, micro_batches=128, lr=1e-5, dtype="bfloat16")
+        | PICTURES,
+        "base": ONE_GPU
+        | dict(steps=15000, batch_size=32, micro_batches=32, lr=1e-4, tau=1.0)
+        | dict(image_loss_weight=1.0)
+        | PICTURES,
+        "posttrain": ONE_GPU
+        | dict(steps=35000, batch_size=16, micro_batches=16, lr=1e-5)
+        | dict(lora_rank=64, lora_scale=16.0, image_loss_weight=100.0),
     },
 }
-PICTURES = dict(tasks={"image": 1.0})
-FEW = dict(shapes=["circle", "square", "triangle"], digits=0.0,
-           colours=["red", "green", "blue", "yellow"])  # fmt: skip
-NANO = FEW | dict(max_objects=3)
-CROWDED = FEW | PICTURES | dict(min_objects=4)  # more to learn from in a picture
-NANO_TASKS = NANO | dict(
-    tasks={"text_to_image": 0.4, "understanding": 0.6},
-    captions={"one object": 0.4, "colours": 0.6},
-    questions={"count": 0.5, "colour": 0.3, "describe": 0.2},
-)
-WORLDS = {  # the data of each stage: [[from this share of the steps on, fields of ShapesConfig]]
-    "nano": {
-        "vae": [[0.0, CROWDED]],
-        "decoder": [[0.0, CROWDED]],
-        "chameleon": [[0.0, NANO_TASKS]],
-        "base": [[0.0, NANO | PICTURES]],
-        "posttrain": [[0.0, NANO_TASKS]],
-    },
-    "tiny": {
-        "vae": [[0.0, PICTURES]],
-        "decoder": [[0.0, PICTURES | {"digits": 0.5}]],
-        "chameleon": [[0.0, {}]],
-        "base": [[0.0, PICTURES]],
-        "posttrain": [
-            [0.0, dict(tasks=dict(text_to_image=0.34, understanding=0.28, editing=0.10,
-                                  difference=0.06, in_context=0.17, story=0.05))],
-            [0.65, {}],
-            [0.82, dict(tasks=dict(text_to_image=0.6, understanding=0.12, editing=0.06,
-                                   difference=0.02, in_context=0.15, story=0.05))],
-        ],
-    },
-    "7b": {"decoder": [[0.0, PICTURES]], "base": [[0.0, PICTURES]], "posttrain": [[0.0, {}]]},
-}  # fmt: skip
-UNCONDITIONAL = "Generate an image."
-GENERATION = Generation(  # defaults of sample.py for a model that is trained from nothing
-    steps=10, cfg_scale=3.0, unconditional=UNCONDITIONAL, image_first=True, max_tokens=128,
-    interleaved={"cfg_scale": 2.0, "cfg_image": 2.0}, scale=4,
-)
-BASE_ALONE = ("vision_embedding", "image_head", "tau", "prediction", "zero_terminal_snr")
-READ_BY = {field: stages.split() for stages, fields in {  # fields that some stages alone read
-    "vae": "quantise_from quantised_share revive_every revive_until commitment isotropy",
-    "vae decoder": "detail_weight edge_weight latent_noise",
-    "base": " ".join(BASE_ALONE) + " mixed_codes",
-    "posttrain": "lora_rank lora_scale lora_targets",
-    "chameleon posttrain": "guidance_dropout",
-    "chameleon base posttrain": "image_loss_weight diffusion_batch_multiplier input_noise "
-                                "cache_latents compile checkpoint_activations",
-}.items() for field in fields.split()}  # fmt: skip
+GENERATION = dict(steps=10, cfg_scale=3.0, image_first=True, scale=4, unconditional=UNCONDITIONAL)
+GENERATION |= dict(interleaved={"cfg_scale": 2.0, "cfg_image": 2.0})  # of what begins from nothing
 
 
-@dataclass
-class Stage:
-    """What a stage gives to train()."""
-
-    model: nn.Module  # trained where requires_grad
-    part: str  # of a checkpoint that it is: "vae" or "model"
-    batch: Callable[[data.Dataset, int], list]  # step -> micro-batches, in the data processes
-    losses: Callable[[object, int, torch.Generator], dict[str, Tensor]]  # of one; "loss" counts
-    config: dict  # sections of the checkpoint's config.json
-    vae: VQVAE | None = None  # an autoencoder that stays as it is
-    tokenizer: bytes | None = None
-    others: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # parts that go along
-    before: nn.Module | None = None  # what a resumed run must find as it was at its first step
-    after_step: Callable[[int, dict, dict], None] | None = None  # step, optimiser's state, average
+# --- Examples ------------------------------------------------------------------------------------
 
 
-# --- Stages: the autoencoder ---------------------------------------------------------------------
-
-
-def picture_batches(config: TrainConfig, resolution: int, parts: int = 1):
-    """dataset, step -> `parts` times (images (B, 3, H, W), where their details are (B, 1, H, W))"""
-
-    def make(dataset: data.Dataset, step: int) -> list[tuple[Tensor, Tensor]]:
-        images, details = [], []
-        for segments in examples(dataset, step, config.batch_size):
-            if not (pictures := [s for s in segments if s.is_image]):
-                raise ValueError(f"an example of step {step} has no picture; the stages of the "
-                                 "autoencoder want data with one in each")
-            segment = pictures[0]
-            images.append(data.to_tensor(segment.content, resolution))
-            detail = segment.detail or Image.new("L", (1, 1))
-            details.append((data.to_tensor(detail, resolution)[:1] + 1) / 2)
-        size = math.ceil(len(images) / parts)
-        return list(zip(*(torch.stack(t).split(size) for t in (images, details)), strict=True))
-
-    return make
-
-
-def examples(dataset: data.Dataset, step: int, size: int) -> list[list[Segment]]:
-    """The examples of one step; a dataset with a length begins again at its end, in another
-    order."""
-    indices = range(step * size, (step + 1) * size)
-    if hasattr(dataset, "__len__"):
-        length = len(dataset)
-        indices = [order(length, i // length)[i % length] for i in indices]
-    return [dataset.example(int(i)) for i in indices]
+@functools.cache
+def warn(message: str) -> None:  # once in each process
+    tqdm.write(f"warning: {message}")
 
 
 @functools.lru_cache(maxsize=2)
@@ -254,18 +181,55 @@ def order(length: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(epoch).permutation(length) if epoch else np.arange(length)
 
 
-def reconstruction_loss(images: Tensor, target: Tensor, detail: Tensor, weight: float,
-                        edge_weight: float) -> Tensor:
+def read_example(dataset, index: int, resolution: int) -> list[Segment]:
+    """An example with its images read. Where one can no longer be read, the example after it stands
+    in: a damaged file does not end a run."""
+    for number in range(index, index + 1000):
+        segments = dataset.example(number)
+        try:
+            return data.read_images(segments, resolution)
+        except (ValueError, OSError, MemoryError) as error:
+            warn(f"{error}; another example takes its place")
+    raise ValueError("no image of the data can be read any more; is their disk still there?")
+
+
+def examples(dataset, step: int, size: int, resolution: int) -> list[list[Segment]]:
+    """The examples of one step; a dataset with a length begins again at its end, in another
+    order."""
+    indices = range(step * size, (step + 1) * size)
+    if hasattr(dataset, "__len__"):
+        length = len(dataset)
+        indices = [order(length, i // length)[i % length] for i in indices]
+    return [read_example(dataset, int(i), resolution) for i in indices]
+
+
+def pictures(dataset, step: int, size: int, resolution: int) -> tuple[Tensor, Tensor]:
+    """Of a step's examples the first picture each (B, 3, H, W), and where its detail is, 0 to 1
+    (B, 1, H, W)."""
+    images, details = [], []
+    for segments in examples(dataset, step, size, resolution):
+        found = [s for s in segments if s.is_image]
+        if not found:
+            raise ValueError(f"an example of step {step} has no picture; the autoencoder wants one")
+        images.append(data.to_tensor(found[0].content, resolution))
+        detail = found[0].detail or Image.new("L", (1, 1))
+        details.append((data.to_tensor(detail, resolution)[:1] + 1) / 2)
+    return torch.stack(images), torch.stack(details)
+
+
+# --- The autoencoder's stages --------------------------------------------------------------------
+
+
+def reconstruction_loss(images: Tensor, target: Tensor, detail: Tensor, settings) -> Tensor:
     """Squared and absolute error, (B, 3, H, W) each, and once more the squared error where detail
     (B, 1, H, W) is 1: digits are too few pixels to be learned otherwise. (Make-A-Scene, arXiv
     2203.13131, does the same for faces.) The error of the edges, differences of neighbouring
-    pixels, is what tells shapes apart early: without it small nets draw blobs for a long time.
-    """
+    pixels, is what tells shapes apart early: without it small nets draw blobs for a long time."""
     error = images.float() - target
     small = (error.square() * detail).sum() / (3 * detail.sum()).clamp(min=1)
     edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
     plain = error.square().mean() + 0.1 * error.abs().mean()
-    return plain + weight * small + edge_weight * edges
+    return plain + settings.detail_weight * small + settings.edge_weight * edges
 
 
 def add_latent_noise(latents: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -287,58 +251,111 @@ def anisotropy(latents: Tensor) -> Tensor:
     return (covariance - torch.eye(z.shape[1], device=z.device)).square().sum() / z.shape[1]
 
 
-def vae_stage(config: TrainConfig, dataset, start: Checkpoint | None, resumed: bool) -> Stage:
+class DecoderStage:
+    """Fine-tune the decoder on unquantised latents, the encoder frozen (appendix A)."""
+
+    Settings, part, after_step = DecoderSettings, "vae", None
+
+    def __init__(self, settings, dataset, start: Checkpoint | None, resumed: bool):
+        self.settings, self.vae, self.before = settings, None, None
+        self.build(start)
+        self.model.to(settings.device, memory_format=torch.channels_last)  # faster on a CPU
+        # the model of the checkpoint that the autoencoder is from goes along
+        self.tokenizer, self.others = None, {}
+        self.config = {"vae": dataclasses.asdict(self.model.config)}
+        if start and "model" in start.config:
+            self.config |= {name: start.section(name) for name in ("model", "generation")}
+            self.tokenizer = start.tokenizer.read_bytes()
+            self.others = {"model": start.tensors("model")}
+
+    def build(self, start: Checkpoint) -> None:
+        self.model = VQVAE.from_pretrained(start, self.settings.device, torch.float32)
+        self.model.requires_grad_(False)
+        self.model.decoder.requires_grad_(True)
+        self.model.post_quant_conv.requires_grad_(True)
+
+    def batch(self, dataset, step: int) -> list[tuple[Tensor, Tensor]]:
+        """The parts of a step: pictures, and where their details are."""
+        size = self.settings.batch_size
+        both = pictures(dataset, step, size, self.model.config.resolution)
+        size = math.ceil(size / self.settings.micro_batches)
+        return list(zip(*(x.split(size) for x in both)))
+
+    def losses(self, part, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        images, detail = (x.to(self.settings.device) for x in part)
+        latents = self.model.encode(images.to(memory_format=torch.channels_last)).float()
+        noisy = add_latent_noise(latents, self.settings.latent_noise, generator)
+        loss = reconstruction_loss(self.model.decode(noisy), images, detail, self.settings)
+        return {"loss": loss * len(images) / self.settings.batch_size}
+
+
+class VAEStage(DecoderStage):
     """VQ-VAE: reconstruction + codebook + commitment, dead codes revived.
 
     Most of every batch skips the quantiser, so that the encoder keeps what the codes cannot hold:
     the continuous latents are what Orthus is after. From a checkpoint an autoencoder goes on: its
     latents stay what they were but where there is detail, for the models that were trained on them.
     """
-    if start:
-        vae = VQVAE.from_pretrained(start, config.device, torch.float32)
-        before = copy.deepcopy(vae).requires_grad_(False).to(memory_format=torch.channels_last)
-    else:
-        vae, before = VQVAE(VQVAEConfig.preset(config.preset)), None
-        vae.init_weights()
-    vae.to(config.device, memory_format=torch.channels_last)  # up to twice as fast on a CPU
-    quantise_from = 0 if start else config.quantise_from
-    weights = config.detail_weight, config.edge_weight
 
-    def losses(batch, step: int, generator) -> dict[str, Tensor]:
-        images, detail = batch
+    Settings = VAESettings
+
+    def build(self, start: Checkpoint | None) -> None:
+        self.quantise_from = 0 if start else self.settings.quantise_from
+        if start:
+            self.model = VQVAE.from_pretrained(start, self.settings.device, torch.float32)
+            self.before = copy.deepcopy(self.model).requires_grad_(False)
+            self.before.to(memory_format=torch.channels_last)
+        else:
+            self.model = VQVAE(VQVAEConfig.preset(self.settings.preset))
+            self.model.init_weights()
+
+    def batch(self, dataset, step: int) -> list[tuple[Tensor, Tensor]]:
+        """One part: codes and covariances are of the whole batch."""
+        size = self.settings.batch_size
+        return [pictures(dataset, step, size, self.model.config.resolution)]
+
+    def losses(self, part, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        settings, vae = self.settings, self.model
+        images, detail = (x.to(settings.device) for x in part)
         z = vae.encode(images.to(memory_format=torch.channels_last)).float()  # (B, L, C)
-        n = math.ceil(len(images) * config.quantised_share) if step >= quantise_from else 0
+        share = settings.quantised_share if step >= self.quantise_from else 0
+        n = math.ceil(len(images) * share)  # how many go through the codes
         q = vae.lookup(vae.quantize(z))
         through = z[:n] + (q - z)[:n].detach()  # the gradient goes straight through the codes
-        noisy = add_latent_noise(z[n:], config.latent_noise, generator)
-        again = vae.decode(torch.cat([through, noisy]))
-        halves = (again[:n], images[:n], detail[:n]), (again[n:], images[n:], detail[n:])
-        quantised, continuous = (reconstruction_loss(*h, *weights) if len(h[0]) else
-                                 z.new_zeros(()) for h in halves)  # fmt: skip
-        share, parts = n / len(images), {"anisotropy": anisotropy(z), "continuous": continuous}
-        total = share * quantised + (1 - share) * continuous
-        total = total + config.isotropy * parts["anisotropy"]
+        noisy = add_latent_noise(z[n:], settings.latent_noise, generator)
+        again, zero = vae.decode(torch.cat([through, noisy])), z.new_zeros(())
+        quantised = continuous = zero
         if n:
-            parts |= {"quantised": quantised, "commitment": F.mse_loss(z, q.detach())}
-            total = total + F.mse_loss(q, z.detach()) + config.commitment * parts["commitment"]
-        if before is not None:
-            z_before = before.encode(images).float()
+            quantised = reconstruction_loss(again[:n], images[:n], detail[:n], settings)
+        if n < len(images):
+            continuous = reconstruction_loss(again[n:], images[n:], detail[n:], settings)
+        share, terms = n / len(images), {"anisotropy": anisotropy(z), "continuous": continuous}
+        loss = share * quantised + (1 - share) * continuous
+        loss = loss + settings.isotropy * terms["anisotropy"]
+        if n:
+            terms |= {"quantised": quantised, "commitment": F.mse_loss(z, q.detach())}
+            loss = loss + F.mse_loss(q, z.detach()) + settings.commitment * terms["commitment"]
+        if self.before is not None:
+            z_before = self.before.encode(images).float()
             plain = 1 - F.max_pool2d(detail, vae.config.downsampling).flatten(2).transpose(1, 2)
-            parts["moved"] = ((z - z_before).square() * plain).mean() / z_before.var()
-            total = total + parts["moved"]
-        return {"loss": total} | parts
+            terms["moved"] = ((z - z_before).square() * plain).mean() / z_before.var()
+            loss = loss + terms["moved"]
+        return {"loss": loss} | terms
 
     @torch.no_grad()
-    def revive(step: int, state: dict, average: dict[str, Tensor]) -> None:
+    def after_step(self, step: int, dataset, state: dict, average: dict[str, Tensor]) -> None:
         """Codes that 8192 fresh latents never use take the place of some of these latents."""
-        is_first = step == quantise_from - 1
-        late = step >= config.revive_until * config.steps
-        if not is_first and (late or step % config.revive_every != config.revive_every - 1):
+        settings, vae = self.settings, self.model
+        is_first = step == self.quantise_from - 1
+        late = step >= settings.revive_until * settings.steps
+        due = step % settings.revive_every == settings.revive_every - 1
+        if not is_first and (late or not due):
             return
-        wanted = math.ceil(8192 / vae.config.latents_per_image / config.batch_size)
+        wanted = math.ceil(8192 / vae.config.latents_per_image / settings.batch_size)
         numbers = range(10**9 + step * wanted, 10**9 + (step + 1) * wanted)  # never trained on
-        images = torch.cat([batch(dataset, number)[0][0] for number in numbers])
-        latents = vae.encode(images.to(config.device)).flatten(0, 1)  # (8192, C)
+        size, resolution = settings.batch_size, vae.config.resolution
+        images = torch.cat([pictures(dataset, n, size, resolution)[0] for n in numbers])
+        latents = vae.encode(images.to(settings.device)).flatten(0, 1)  # (8192, C)
         codebook = vae.quantize.embedding.weight
         used = torch.bincount(vae.quantize(latents), minlength=len(codebook)) > 0
         dead = torch.ones_like(used) if is_first else ~used
@@ -351,211 +368,197 @@ def vae_stage(config: TrainConfig, dataset, start: Checkpoint | None, resumed: b
                 moment[dead] = 0
         tqdm.write(f"step {step + 1}: {int(dead.sum())} of {len(codebook)} codes set from data")
 
-    batch = picture_batches(config, vae.config.resolution)
-    return autoencoder_stage(start, vae, batch, losses, before=before, after_step=revive)
+
+# --- The transformer's stages --------------------------------------------------------------------
 
 
-def decoder_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -> Stage:
-    """Fine-tune the decoder on unquantised latents, the encoder frozen (appendix A)."""
-    vae = VQVAE.from_pretrained(start, config.device, torch.float32)
-    vae.to(memory_format=torch.channels_last).requires_grad_(False)
-    vae.decoder.requires_grad_(True)
-    vae.post_quant_conv.requires_grad_(True)
+@dataclass
+class Part:
+    """A part of a step's batch, and its shares of the step's text and image targets: the losses of
+    all parts, each times its share, add up to the loss of the whole batch."""
 
-    def losses(batch, step: int, generator) -> dict[str, Tensor]:
-        images, detail = batch
-        latents = vae.encode(images.to(memory_format=torch.channels_last)).float()
-        again = vae.decode(add_latent_noise(latents, config.latent_noise, generator))
-        weights = config.detail_weight, config.edge_weight
-        share = len(images) / config.batch_size
-        return {"loss": share * reconstruction_loss(again, images, detail, *weights)}
-
-    batch = picture_batches(config, vae.config.resolution, config.micro_batches)
-    return autoencoder_stage(start, vae, batch, losses)
-
-
-def autoencoder_stage(start: Checkpoint | None, vae: VQVAE, batch, losses, **more) -> Stage:
-    """An autoencoder's stage; the model of the checkpoint that it is from goes along."""
-    sections = {"vae": asdict(vae.config)}
-    if start is None or "model" not in start.config:
-        return Stage(vae, "vae", batch, losses, sections, **more)
-    sections |= {name: start.section(name) for name in ("model", "generation")}
-    others = {"model": start.tensors("model")}
-    tokenizer = start.tokenizer.read_bytes()
-    return Stage(vae, "vae", batch, losses, sections, None, tokenizer, others, **more)
-
-
-# --- Stages: the transformer ---------------------------------------------------------------------
+    batch: Batch
+    text: float
+    image: float
 
 
 def drop_prompt(segments: list[Segment], unconditional: str, rng: random.Random) -> list[Segment]:
     """What guidance subtracts from (sample.contexts): one of the images to draw, after the prompt's
     images without its text, or after the unconditional sentence alone."""
-    pictures = [s for s in segments if s.is_image]
-    given, drawn = ([s for s in pictures if s.output == output] for output in (False, True))
+    given = [s for s in segments if s.is_image and not s.output]
+    drawn = [s for s in segments if s.is_image and s.output]
     if not given or rng.random() < 0.5:
         given = [Segment(unconditional)]
     return [*given, rng.choice(drawn)]
 
 
-def sequence_batches(config: TrainConfig, model: OrthusConfig, resolution: int,
-                     tokenizer: data.Tokenizer, unconditional: str, images_only: bool):
-    """dataset, step -> micro-batches of examples, sorted by length so that little is padding."""
-    told = []
+class TransformerStage:
+    """What chameleon, base and posttrain share: examples in parts by length, and the joint loss."""
 
-    def make(dataset: data.Dataset, step: int) -> list[data.Batch]:
-        rng, sequences = random.Random(f"{config.seed} {step}"), []
-        for segments in examples(dataset, step, config.batch_size):
-            draws = any(s.output and s.is_image for s in segments) and not images_only
-            if draws and rng.random() < config.guidance_dropout:
-                segments = drop_prompt(segments, unconditional, rng)
-            sequences.append(data.layout(segments, tokenizer, model))
-        if images_only:  # stage 1 learns nothing from the others
-            sequences = [s for s in sequences if model.image_id in s.labels]
-        fitting = [s for s in sequences if len(s.tokens) <= model.max_position_embeddings]
-        if len(fitting) < len(sequences) and not told:
-            told.append(step)  # once in each data process
-            tqdm.write(f"warning: {len(sequences) - len(fitting)} of {len(sequences)} examples of "
-                       f"step {step} are longer than the context and left out, as others will be")
-        if not (sequences := fitting):
-            what = "draws no picture or " if images_only else ""
-            raise ValueError(f"every example of step {step} {what}is longer than the context, "
-                             f"{model.max_position_embeddings} tokens; give others")
-        sequences.sort(key=lambda s: len(s.tokens))
-        size = math.ceil(len(sequences) / config.micro_batches)
-        parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]
-        batches = [data.collate(part, model, resolution) for part in parts]
-        counts = []
-        for batch in batches:
-            is_image = batch.labels == model.image_id
-            if images_only:
+    part, after_step, before, images_only = "model", None, None, False
+
+    def build(self, start: Checkpoint, model: Orthus, tokenizer: bytes, generation: dict) -> None:
+        settings, self.model, self.tokenizer = self.settings, model, tokenizer
+        vae = VQVAE.from_pretrained(start, settings.device, torch.float32)
+        self.vae = vae.requires_grad_(False)
+        data.check_fits(model.config, vae.config, f"that of {start}")
+        for name in ("image_loss_weight", "diffusion_batch_multiplier"):
+            if getattr(settings, name) is not None:
+                setattr(model.config, name, getattr(settings, name))
+        if isinstance(model.image_head, DiffusionHead):
+            model.image_head.multiplier = model.config.diffusion_batch_multiplier
+        model.checkpoint_activations = settings.checkpoint_activations
+        if settings.compile:
+            model.transformer = torch.compile(model.transformer, dynamic=True)
+            model.image_head.forward = torch.compile(model.image_head.forward, dynamic=True)
+        self.words = data.Tokenizer(tokenizer, model.config)
+        sizes = {"model": model.config, "vae": vae.config}
+        self.config = {name: dataclasses.asdict(config) for name, config in sizes.items()}
+        self.config["generation"], self.others = generation, {}
+
+    def choose(self, dataset, step: int) -> list[data.Sequence]:
+        """The sequences of a step, some without their prompts, the shortest first."""
+        settings, config = self.settings, self.model.config
+        rng, sequences = random.Random(f"{settings.seed} {step}"), []
+        sentence = self.config["generation"].get("unconditional", UNCONDITIONAL)
+        resolution = self.vae.config.resolution
+        for segments in examples(dataset, step, settings.batch_size, resolution):
+            draws = any(s.output and s.is_image for s in segments) and not self.images_only
+            if draws and rng.random() < settings.guidance_dropout:
+                segments = drop_prompt(segments, sentence, rng)
+            sequences.append(data.layout(segments, self.words, config))
+        if self.images_only:  # stage 1 learns nothing from the others
+            sequences = [s for s in sequences if config.image_id in s.labels]
+        longest = config.max_position_embeddings
+        fitting = [s for s in sequences if len(s.tokens) <= longest]
+        if not fitting:
+            raise ValueError(
+                f"no example of step {step} can be used: they draw no picture, or "
+                f"are longer than the context, {longest} tokens; give others"
+            )
+        if len(fitting) < len(sequences):
+            warn("examples that are longer than the context are left out")
+        return sorted(fitting, key=lambda s: len(s.tokens))
+
+    def batch(self, dataset, step: int) -> list[Part]:
+        """The parts of a step: examples of like length, so that little is padding."""
+        config, sequences = self.model.config, self.choose(dataset, step)
+        size, parts = math.ceil(len(sequences) / self.settings.micro_batches), []
+        for i in range(0, len(sequences), size):
+            some = sequences[i : i + size]
+            batch = data.collate(some, config, self.vae.config.resolution)
+            is_image = batch.labels == config.image_id
+            if self.images_only:
                 batch.labels[~is_image] = -100  # stage 1 has no text loss
-            counts.append((int((~is_image & (batch.labels != -100)).sum()), int(is_image.sum())))
-        totals = [max(1, sum(n)) for n in zip(*counts, strict=True)]
-        for batch, (text, image) in zip(batches, counts, strict=True):
-            batch.shares = text / totals[0], image / totals[1]
-        return batches
+            text = int((~is_image & (batch.labels != -100)).sum())
+            parts.append(Part(batch, text, int(is_image.sum())))
+        texts, images = sum(part.text for part in parts), sum(part.image for part in parts)
+        for part in parts:
+            part.text, part.image = part.text / max(1, texts), part.image / max(1, images)
+        return parts
 
-    return make
-
-
-def orthus_stage(config: TrainConfig, start: Checkpoint, model: Orthus, tokenizer: bytes,
-                 generation: dict, images_only: bool = False) -> Stage:
-    """What chameleon, base and posttrain share: examples, and the joint loss."""
-    vae = VQVAE.from_pretrained(start, config.device, torch.float32).requires_grad_(False)
-    own = model.config
-    for name in ("image_loss_weight", "diffusion_batch_multiplier"):
-        if getattr(config, name) is not None:
-            setattr(own, name, getattr(config, name))
-    model.image_head.multiplier = own.diffusion_batch_multiplier
-
-    def losses(part: data.Batch, step: int, generator, levels=(0, 1000)) -> dict[str, Tensor]:
-        latents = part.images
-        if latents.ndim == 4:
+    def latents(self, batch: Batch) -> Tensor:
+        """The images of a batch -> latents (N, C), fp32."""
+        latents = batch.images
+        if latents.ndim == 4:  # else they were encoded ahead
             with torch.no_grad():
-                latents = vae.encode(latents.to(memory_format=torch.channels_last))
-        latents = latents.float().flatten(0, 1)  # (N, C)
-        is_output = part.labels[part.tokens == own.image_id] == own.image_id  # (N,)
+                latents = self.vae.encode(latents.to(memory_format=torch.channels_last))
+        return latents.float().flatten(0, 1)
+
+    def losses(self, part: Part, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        model, config = self.model, self.model.config
+        batch = part.batch.to(self.settings.device)
+        latents = self.latents(batch)
+        is_output = batch.labels[batch.tokens == config.image_id] == config.image_id  # (N,)
+        # images that are drawn are read back with noise: sampling reads its own imperfect latents
         noise, read = randn(latents.shape, latents, generator), latents
-        if config.input_noise and len(latents):
-            read = latents + config.input_noise * latents.std() * noise * is_output[:, None]
-        loss = model.loss(part.tokens, read, part.labels, generator, latents, part.shares, levels)
-        terms = {"loss": loss.total, "text": loss.text, "image": loss.image}
-        if own.vision_embedding == "softmax":  # how many codes a latent mixes (eq. 4)
+        if self.settings.input_noise and len(latents):
+            deviation = self.settings.input_noise * latents.std()
+            read = latents + deviation * noise * is_output[:, None]
+        loss = model.loss(batch.tokens, read, batch.labels, generator, targets=latents)
+        text, image = part.text * loss.text, part.image * loss.image
+        terms = {"loss": text + config.image_loss_weight * image, "text": text, "image": image}
+        if config.vision_embedding == "softmax":
             with torch.no_grad():
-                mixed = model.vision_embedding.effective_codes(latents[:256]).median()
-            terms["codes_mixed"] = mixed.nan_to_num() * part.shares[1]  # NaN is that of no image
+                mixed = effective_codes(model, latents[:256]).median()
+            terms["codes_mixed"] = mixed.nan_to_num() * part.image  # NaN is that of no image
         return terms
 
-    for layer in model.layers if config.checkpoint_activations else ():
-        keep = dict(use_reentrant=False, preserve_rng_state=False)  # a layer draws no numbers
-        layer.forward = functools.partial(recompute, layer.forward, **keep)
-    if config.compile:
-        model.transformer = torch.compile(model.transformer, dynamic=True)
-        model.image_head.forward = torch.compile(model.image_head.forward, dynamic=True)
-    words = data.Tokenizer(tokenizer, own)
-    sentence = generation.get("unconditional", UNCONDITIONAL)
-    batch = sequence_batches(config, own, vae.config.resolution, words, sentence, images_only)
-    sections = {"model": asdict(own), "vae": asdict(vae.config), "generation": generation}
-    return Stage(model, "model", batch, losses, sections, vae, tokenizer)
+    def image_loss_by_level(self, part: Part, generator) -> dict[str, Tensor]:
+        """The diffusion loss of clean latents by quarter of the noise levels: where it learns."""
+        model, batch = self.model, part.batch.to(self.settings.device)
+        is_output = batch.labels == model.config.image_id
+        if not isinstance(model.image_head, DiffusionHead) or not is_output.any():
+            return {}
+        latents, terms = self.latents(batch), {}
+        hidden = model(batch.tokens, latents)[:, :-1][is_output[:, 1:]]
+        targets = latents[is_output[batch.tokens == model.config.image_id]]
+        for low in range(0, 1000, 250):
+            t = torch.randint(low, low + 250, (len(targets),), generator=generator)
+            loss = model.image_head.loss(hidden, targets, t=t, generator=generator)
+            terms[f"image_t{low}"] = part.image * loss
+        return terms
 
 
-class Encoded(list):
-    """The first `number` examples of a dataset, their images encoded ahead: what a segment holds
-    are latents (L, C), memory-mapped. 64 examples a file of a folder; those of an interrupted run
-    are kept."""
-
-    example = list.__getitem__
-
-    def __init__(self, dataset: data.Dataset, number: int, vae: VQVAE, folder: Path, what: dict):
-        known, device = folder / "what.json", vae.post_quant_conv.weight.device
-        if known.is_file() and checkpoint.read_json(known) != what:
-            shutil.rmtree(folder)  # of other data, or another autoencoder
-        folder.mkdir(exist_ok=True)
-        checkpoint.write_json(known, what)
-        size = 64
-        for first in tqdm(range(0, number, size), "encoding ahead", unit="batch", delay=2):
-            last = min(first + size, number)
-            path = folder / f"{first:08d}-{last:08d}.pt"
-            if not path.is_file():
-                some = [dataset.example(i) for i in range(first, last)]
-                pictures = [data.to_tensor(s.content, vae.config.resolution)
-                            for segments in some for s in segments if s.is_image]  # fmt: skip
-                with torch.no_grad():  # few at once: one of 512 pixels takes 0.7 GB
-                    parts = [vae.encode(torch.stack(pictures[i : i + 4]).to(device)).cpu()
-                             for i in range(0, len(pictures), 4)]  # fmt: skip
-                texts = [[(None if s.is_image else s.content, s.output) for s in segments]
-                         for segments in some]  # fmt: skip
-                with checkpoint.whole_file(path) as file:
-                    torch.save((texts, torch.cat(parts) if parts else torch.zeros(0)), file)
-            texts, latents = torch.load(path, mmap=True)
-            images = iter(latents)
-            self += [[Segment(next(images) if text is None else text, output)
-                      for text, output in segments] for segments in texts]  # fmt: skip
+def effective_codes(model: Orthus, latents: Tensor) -> Tensor:
+    """(N, C) -> (N,) exp(entropy) of eq. 4's weights: how many codes a latent mixes."""
+    embedding = model.vision_embedding
+    log_weights = (embedding.closeness(latents) / embedding.tau).log_softmax(-1)
+    return torch.exp(-(log_weights.exp() * log_weights).sum(-1))
 
 
-def chameleon_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -> Stage:
+class ChameleonStage(TransformerStage):
     """The discrete ancestor, from scratch: nearest codes in, image tokens out (eq. 1, 2)."""
-    sizes = OrthusConfig.preset(config.preset, vision_embedding="argmin", image_head="tokens")
-    VQVAEConfig(**start.section("vae")).check_fits(sizes, f"that of {start}")
-    model, codebook = Orthus(sizes), start.tensors("vae")["quantize.embedding.weight"]
-    model.vision_embedding.codebook.weight.data.copy_(codebook)
-    model.vision_embedding.codebook.requires_grad_(False)
-    texts = [*dataset.texts(), UNCONDITIONAL]
-    pieces = sizes.vocab_size - sizes.image_id  # what the vocabulary has left, and the unknown
-    tokenizer = data.train_tokenizer(texts, pieces)
-    generation = asdict(dataclasses.replace(GENERATION, words=sorted(data.words_of(texts))))
-    return orthus_stage(config, start, model.to(config.device), tokenizer, generation)
+
+    Settings = ChameleonSettings
+
+    def __init__(self, settings, dataset, start: Checkpoint, resumed: bool):
+        self.settings, kinds = settings, dict(vision_embedding="argmin", image_head="tokens")
+        model = Orthus(OrthusConfig.preset(settings.preset, **kinds))
+        codebook = start.tensors("vae")["quantize.embedding.weight"]
+        data.check_fits(
+            model.config, checkpoint.build(VQVAEConfig, start.section("vae"), start), start
+        )
+        model.vision_embedding.codebook.weight.data.copy_(codebook)
+        model.vision_embedding.codebook.requires_grad_(False)
+        if resumed:
+            tokenizer, generation = start.tokenizer.read_bytes(), start.section("generation")
+        else:
+            texts = [*data.texts_of(dataset), UNCONDITIONAL]
+            size = model.config.vocab_size - model.config.image_id  # what is left, and unknown
+            tokenizer = data.train_tokenizer(texts, size)
+            generation = GENERATION | {"words": sorted(data.words_of(texts))}
+        self.build(start, model.to(settings.device), tokenizer, generation)
 
 
 @torch.no_grad()
-def to_orthus(config: TrainConfig, dataset, start: Checkpoint) -> Orthus:
+def to_orthus(settings: BaseSettings, dataset, start: Checkpoint) -> Orthus:
     """Chameleon -> Orthus-base before training (stage 1): argmin becomes softmax over the same
     codebook and image-token rows, image tokens give way to a diffusion head that outputs zero; or
     what --vision-embedding and --image-head say in their place.
 
-    But for 7b, latent_scale and tau are measured: unit variance for the head, and a median latent
-    that mixes mixed_codes codes.
+    But for 7b, latent_scale and tau are measured here: unit variance for the head, and a median
+    latent that mixes mixed_codes codes. This is where tau comes from.
     """
     old = Orthus.from_pretrained(start)
     if old.config.image_head != "tokens":
         raise ValueError(f"base makes an Orthus of a Chameleon; {start} is none: use posttrain")
-    given = {n: getattr(config, n) for n in BASE_ALONE if getattr(config, n) is not None}
+    names = "vision_embedding", "image_head", "tau", "prediction", "zero_terminal_snr"
+    given = {n: getattr(settings, n) for n in names if getattr(settings, n) is not None}
     wanted = {"vision_embedding": "softmax", "image_head": "diffusion"} | given
-    if config.preset != "7b":
+    if settings.preset != "7b":
         vae = VQVAE.from_pretrained(start, "cpu", torch.float32)
-        images = picture_batches(config, vae.config.resolution)(dataset, 10**9)[0][0]
+        images = pictures(dataset, 10**9, settings.batch_size, vae.config.resolution)[0]
         latents = vae.encode(images).flatten(0, 1)
         wanted["latent_scale"] = 1 / latents.std().item()
-        if config.tau is None:
-            wanted["tau"] = tau_that_mixes(config.mixed_codes, old, latents)
+        if settings.tau is None:
+            wanted["tau"] = tau_that_mixes(settings.mixed_codes, old, latents)
         tqdm.write(f"latent_scale {wanted['latent_scale']:.4g}, tau {wanted.get('tau', 1):.4g}")
     sizes = dataclasses.replace(old.config, **wanted)
     with torch.device("meta"), checkpoint.Blank():  # the old tensors become the new model's
         model = Orthus(sizes)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(settings.seed)
     model.image_head = HEADS[sizes.image_head](sizes, model)
-    model.image_head.init_weights()
     if sizes.vision_embedding == "linear":
         model.vision_embedding.projection = nn.Linear(sizes.latent_channels, sizes.hidden_size)
     model.load_state_dict(old.state_dict(), strict=False, assign=True)
@@ -567,54 +570,113 @@ def tau_that_mixes(codes: float, model: Orthus, latents: Tensor) -> float:
     low, high = 1e-4, 1e4
     for _ in range(40):
         model.vision_embedding.tau = tau = math.sqrt(low * high)
-        median = model.vision_embedding.effective_codes(latents).median()
-        low, high = (low, tau) if median > codes else (tau, high)
+        if effective_codes(model, latents).median() > codes:
+            high = tau
+        else:
+            low = tau
     return tau
 
 
-def place(model: Orthus, config: TrainConfig) -> None:
+def place(model: Orthus, settings: TransformerSettings) -> None:
     """On the device, and in fp32 all but frozen matrices, which stay as their checkpoint has them:
     bf16 is what autocast makes of them anyway, in half the memory."""
-    frozen = {m.weight for m in model.modules() if isinstance(m, nn.Linear | lora.LowRank)
-              and not m.weight.requires_grad and config.dtype != "float32"}  # fmt: skip
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear | LowRank)]
+    frozen = {w for w in linear if not w.requires_grad and settings.dtype != "float32"}
     for p in model.parameters():
-        p.data = p.data.to(config.device, None if p in frozen else torch.float32)
+        p.data = p.data.to(settings.device, None if p in frozen else torch.float32)
 
 
-def base_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -> Stage:
+class BaseStage(TransformerStage):
     """Stage 1: the backbone frozen, vision embedding and image head trained on images only."""
-    model = Orthus.from_pretrained(start) if resumed else to_orthus(config, dataset, start)
-    model.requires_grad_(False)
-    model.vision_embedding.requires_grad_(True)
-    model.image_head.requires_grad_(True)
-    model.embed_tokens.requires_grad_(model.config.vision_embedding != "linear")
-    place(model, config)
-    # of the table the w_j alone are trained: text is looked up as it is
-    model.embed_tokens.register_forward_hook(lambda *call: call[-1].detach())
-    generation = start.section("generation")
-    if config.preset == "7b":  # Chameleon becomes Orthus
-        generation |= {"cfg_scale": 5.0, "image_first": True}
-    tokenizer = start.tokenizer.read_bytes()
-    return orthus_stage(config, start, model, tokenizer, generation, images_only=True)
+
+    Settings, images_only = BaseSettings, True
+
+    def __init__(self, settings, dataset, start: Checkpoint, resumed: bool):
+        self.settings = settings
+        model = Orthus.from_pretrained(start) if resumed else to_orthus(settings, dataset, start)
+        model.requires_grad_(False)
+        model.vision_embedding.requires_grad_(True)
+        model.image_head.requires_grad_(True)
+        # The table is one parameter, and only its image rows, the w_j, are to learn: what looks
+        # words up in it is cut off from the gradient, so the other rows' gradients are zero.
+        model.embed_tokens.requires_grad_(model.config.vision_embedding != "linear")
+        model.embed_tokens.register_forward_hook(lambda module, args, out: out.detach())
+        place(model, settings)
+        generation = start.section("generation")
+        if settings.preset == "7b":  # Chameleon becomes Orthus
+            generation |= {"cfg_scale": 5.0, "image_first": True}
+        self.build(start, model, start.tokenizer.read_bytes(), generation)
 
 
-def posttrain_stage(config: TrainConfig, dataset, start: Checkpoint, resumed: bool) -> Stage:
-    """Stage 2: everything but the autoencoder, on all tasks; the transformer's layers by lora.py
-    where there is a rank."""
-    model = Orthus.from_pretrained(start, config.device)
-    if config.lora_rank:
-        lora.add(model.layers, config.lora_rank, config.lora_scale, config.lora_targets)
-    place(model, config)
-    tokenizer, generation = start.tokenizer.read_bytes(), start.section("generation")
-    if config.data and generation.get("words"):  # a small model that will know more of them
-        generation["words"] = sorted({*generation["words"], *data.words_of(dataset.texts())})
-    return orthus_stage(config, start, model, tokenizer, generation)
+class PosttrainStage(TransformerStage):
+    """Stage 2: everything but the autoencoder, on all tasks; the transformer's layers by low rank
+    where there is one."""
+
+    Settings = PosttrainSettings
+
+    def __init__(self, settings, dataset, start: Checkpoint, resumed: bool):
+        self.settings, model = settings, Orthus.from_pretrained(start, settings.device)
+        if settings.lora_rank:
+            add_low_rank(model.layers, settings)
+        place(model, settings)
+        generation = start.section("generation")
+        self.build(start, model, start.tokenizer.read_bytes(), generation)
+        if generation.get("words"):  # a small model that may know more of them now
+            words = data.words_of(data.texts_of(dataset, 1000))
+            generation["words"] = sorted({*generation["words"], *words})
+            strange = [w for w in words if self.words.unk_id in self.words.encode(w)]
+            if strange:
+                found = f"{len(strange)} words have letters that the tokenizer does not know"
+                warn(
+                    f"{found} ({', '.join(strange[:5])}); training from stage vae on makes its own"
+                )
 
 
-STAGES = {
-    "vae": vae_stage,
-    "decoder": decoder_stage,
-    "chameleon": chameleon_stage,
-    "base": base_stage,
-    "posttrain": posttrain_stage,
-}
+STAGES = {"vae": VAEStage, "decoder": DecoderStage, "chameleon": ChameleonStage}
+STAGES |= {"base": BaseStage, "posttrain": PosttrainStage}
+
+
+# --- Low rank (LoRA, Hu et al. 2106.09685): what fits one GPU at 7B ------------------------------
+
+
+class LowRank(nn.Module):
+    """y = x W^T + scale (x A^T) B^T for a linear layer, whose weight keeps its name: W stays, is
+    (out, in); A (rank, in) and B (out, rank) learn. B starts at zero: training begins at W."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float):
+        super().__init__()
+        (rows, columns), device = linear.weight.shape, linear.weight.device
+        self.weight, self.scale = linear.weight, scale
+        self.A = nn.Linear(columns, rank, bias=False, device=device)
+        self.B = nn.Linear(rank, rows, bias=False, device=device)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + self.scale * self.B(self.A(x))
+
+
+def add_low_rank(layers: nn.ModuleList, settings: PosttrainSettings) -> None:
+    """Freeze the transformer's layers and give their linear layers an A and a B. What stands around
+    them learns in full, since images and their special tokens come in and go out there."""
+    layers.requires_grad_(False)
+    unknown = set(settings.lora_targets) - set(LINEAR)
+    if unknown:
+        raise ValueError(f"lora_targets has {min(unknown)!r}; want some of {', '.join(LINEAR)}")
+    for parent in list(layers.modules()):
+        for name, child in list(parent.named_children()):
+            if name in settings.lora_targets:
+                setattr(parent, name, LowRank(child, settings.lora_rank, settings.lora_scale))
+
+
+@torch.no_grad()
+def merged(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names of `model`, each A and B folded into its weight, which keeps its
+    dtype: an ordinary model. Nothing changes where the model has none."""
+    tensors = dict(tensors)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowRank):
+            a, b = tensors.pop(f"{name}.A.weight"), tensors.pop(f"{name}.B.weight")
+            w = tensors[f"{name}.weight"]
+            whole = (w + layer.scale * b @ a).to(w.dtype)
+            tensors[f"{name}.weight"] = whole.cpu()  # a GPU has no room for all of them twice
+    return tensors

@@ -19,24 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
-from checkpoint import within
-
 
 @dataclass
 class VQVAEConfig:
     """Sizes of the autoencoder; the defaults are Chameleon's (512 px, f = 16)."""
 
     resolution: int = 512
-    base_channels: int = within(128, 1, 2**14)
-    channel_multiplier: tuple[int, ...] = within((1, 1, 2, 2, 4), 1, 64)
-    num_res_blocks: int = within(2, 1, 100)  # per level; the decoder has one more
+    base_channels: int = 128
+    channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2  # per level; the decoder has one more
     latent_channels: int = 256  # C
     num_codes: int = 8192  # K
     groups: int = 32  # of every GroupNorm
 
     def __post_init__(self):
-        checkpoint.check_fields(self)
         if self.resolution % self.downsampling:
             raise ValueError(
                 f"resolution {self.resolution} is not a multiple of {self.downsampling}, which "
@@ -58,13 +54,6 @@ class VQVAEConfig:
         """L: latents of one image."""
         return (self.resolution // self.downsampling) ** 2
 
-    def check_fits(self, model, source) -> None:
-        """Raise ValueError where a model (OrthusConfig) was made for another autoencoder."""
-        for name in ("num_codes", "latent_channels", "latents_per_image"):
-            if (own := getattr(self, name)) != (wanted := getattr(model, name)):
-                raise ValueError(f"{name} is {wanted} in the model, but {own} in the autoencoder, "
-                                 f"{source}; give another (sample.py: --vae)")
-
     @classmethod
     def preset(cls, name: str) -> "VQVAEConfig":
         if name not in PRESETS:
@@ -72,15 +61,11 @@ class VQVAEConfig:
         return cls(**PRESETS[name])
 
 
-TINY = dict(
-    resolution=64, base_channels=32, channel_multiplier=(1, 1, 2, 3, 3), num_res_blocks=1,
-    latent_channels=32, num_codes=2048,
-    groups=1,  # twice as fast in training on a CPU as 8 or 32
-)
-NANO = TINY | dict(
-    resolution=32, base_channels=16, channel_multiplier=(1, 2, 4, 4), latent_channels=16,
-    num_codes=256,
-)
+TINY = dict(resolution=64, base_channels=32, channel_multiplier=(1, 1, 2, 3, 3), num_res_blocks=1)
+TINY |= dict(latent_channels=32, num_codes=2048)
+TINY |= dict(groups=1)  # twice as fast in training on a CPU as 8 or 32
+NANO = TINY | dict(resolution=32, base_channels=16, channel_multiplier=(1, 2, 4, 4))
+NANO |= dict(latent_channels=16, num_codes=256)
 PRESETS = {"7b": {}, "tiny": TINY, "nano": NANO}
 
 
@@ -113,12 +98,17 @@ class AttnBlock(nn.Module):
     def __init__(self, c: int, groups: int):
         super().__init__()
         self.norm = group_norm(c, groups)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, h w, C)
+        q = self.q(h).flatten(2).transpose(1, 2)  # (B, h w, C)
+        k = self.k(h).flatten(2).transpose(1, 2)
+        v = self.v(h).flatten(2).transpose(1, 2)
+        h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
@@ -156,10 +146,9 @@ class Level(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int):
         super().__init__()
-        widths = [c_in] + [c_out] * blocks
-        self.block = nn.ModuleList(
-            ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.block = nn.ModuleList([ResnetBlock(c_in, c_out, groups)])
+        for _ in range(blocks - 1):
+            self.block.append(ResnetBlock(c_out, c_out, groups))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -203,14 +192,15 @@ class Decoder(nn.Module):
         c = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, c, 3, padding=1)
         self.mid = Middle(c, config.groups)
-        levels = []  # level 0 is the full resolution, as in the checkpoints; run from the last down
-        for i, width in reversed(list(enumerate(widths))):
+        levels = []
+        for width in reversed(widths):
             level = Level(c, width, config.num_res_blocks + 1, config.groups)
-            if i > 0:
+            if len(levels) < len(widths) - 1:
                 level.upsample = Upsample(width)
-            levels.insert(0, level)
+            levels.append(level)
             c = width
-        self.up = nn.ModuleList(levels)
+        # level 0 is the full resolution in the checkpoints' names, and the last to run
+        self.up = nn.ModuleList(reversed(levels))
         self.norm_out = group_norm(c, config.groups)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
@@ -223,16 +213,6 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(z)))  # (B, 3, H, W)
 
 
-def closeness(latents: Tensor, codebook: Tensor) -> Tensor:
-    """(..., C), (K, C) -> (..., K): -|z - c_j|^2 but for |z|^2, which no argmax or softmax sees.
-
-    In fp32 whatever comes in: distances in bf16 change the nearest code of many latents.
-    """
-    with torch.autocast(latents.device.type, enabled=False):
-        codebook = codebook.float()
-        return 2 * latents.float() @ codebook.T - codebook.square().sum(-1)
-
-
 class Quantizer(nn.Module):
     """The codebook, and the argmin of eq. 1 that Orthus drops."""
 
@@ -241,8 +221,10 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(config.num_codes, config.latent_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(..., C) -> (...) index of the nearest code in squared distance."""
-        return closeness(latents, self.embedding.weight).argmax(-1)
+        """(..., C) -> (...) index of the nearest code: |z - c_j|^2 but for |z|^2, in fp32."""
+        with torch.autocast(latents.device.type, enabled=False):
+            codes = self.embedding.weight.float()
+            return (2 * latents.float() @ codes.T - codes.square().sum(-1)).argmax(-1)
 
 
 # --- The autoencoder -----------------------------------------------------------------------------
@@ -294,4 +276,6 @@ class VQVAE(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | Path, device="cpu", dtype=None) -> "VQVAE":
         """Read the autoencoder of a checkpoint in any layout. dtype None keeps the stored one."""
+        import checkpoint  # in here, so that reading the method needs PyTorch alone
+
         return checkpoint.load(cls, VQVAEConfig, "vae", directory, device, dtype)

@@ -1,4 +1,4 @@
-"""Lets tests import the top-level files, and holds the few helpers that several of them share."""
+"""Lets tests import the files at the top and in lab/, and holds what several tests share."""
 
 import json
 import os
@@ -57,12 +57,27 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+class OwnHead(nn.Module):
+    """An image head as a user may add one to HEADS: a latent is its noise, and what the guided
+    hidden state adds."""
+
+    def __init__(self, config, model):
+        super().__init__()
+        self.out = nn.Linear(config.hidden_size, config.latent_channels)
+
+    def loss(self, hidden, latents, generator=None):
+        return nn.functional.mse_loss(self.out(hidden), latents)
+
+    def sample(self, hidden, weights=(1.0,), steps=100, noise=None, generator=None):
+        weights = torch.as_tensor(weights)
+        return noise + (weights @ self.out(hidden)).detach()
+
+
 def read_fixture(name: str) -> tuple[dict[str, Tensor], dict]:
     """-> tensors and config of a file that tests/make_fixtures.py recorded from a peer library."""
     with safe_open(ROOT / "tests" / "fixtures" / f"{name}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(
-            file.metadata()["config"]
-        )
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return tensors, json.loads(file.metadata()["config"])
 
 
 @pytest.fixture
@@ -87,3 +102,11 @@ def complaint(action) -> str:
         action()
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def edit_json(path: Path, change) -> None:
+    """Change what a JSON file holds, by a function of its content."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.unlink()  # it may be a link
+    path.write_text(json.dumps(content))

@@ -48,15 +48,34 @@ FIRST_TEXT, VOCABULARY = IMAGE + 1, 128
 VQ = dict(
     base_channels=32,  # GroupNorm has 32 groups
     channel_multiplier=[1, 1, 2, 1],  # one level keeps its width, one widens, one narrows
-    num_res_blocks=1, in_channels=3, resolution=32, latent_channels=16, embed_dim=16,
-    num_embeddings=CODES, double_latent=False, dropout=0.0, attn_resolutions=None,
+    num_res_blocks=1,
+    in_channels=3,
+    resolution=32,
+    latent_channels=16,
+    embed_dim=16,
+    num_embeddings=CODES,
+    double_latent=False,
+    dropout=0.0,
+    attn_resolutions=None,
     attn_type="vanilla",
 )
 CHAMELEON = dict(
-    model_type="chameleon", hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=4, vocab_size=VOCABULARY, rms_norm_eps=1e-5,
-    rope_theta=10000.0, max_position_embeddings=64, hidden_act="silu", attention_bias=False,
-    mlp_bias=False, tie_word_embeddings=False, swin_norm=False, model_parallel_size=1,
+    model_type="chameleon",
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    vocab_size=VOCABULARY,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position_embeddings=64,
+    hidden_act="silu",
+    attention_bias=False,
+    mlp_bias=False,
+    tie_word_embeddings=False,
+    swin_norm=False,
+    model_parallel_size=1,
 )
 CHAMELEON_7B = CHAMELEON
 CHAMELEON_30B = CHAMELEON | dict(
@@ -162,8 +181,14 @@ def make_chameleon(name: str, sizes: dict, seed: int) -> None:
         length = int((padded_tokens[row] != PAD).sum())
         assert torch.allclose(padded_hidden[row, -length:], hidden[prompt, :length], atol=1e-5)
 
-    recorded = dict(tokens=tokens, hidden=hidden, logits=logits, padded_tokens=padded_tokens,
-                    padded_hidden=padded_hidden, padded_logits=padded_logits)
+    recorded = dict(
+        tokens=tokens,
+        hidden=hidden,
+        logits=logits,
+        padded_tokens=padded_tokens,
+        padded_hidden=padded_hidden,
+        padded_logits=padded_logits,
+    )
     # The parameter names inside this version of transformers are the Hub's: nothing to rename.
     write(name, model.state_dict() | recorded, hub)
 
@@ -197,9 +222,15 @@ STEPS = (1, 2, 3, 5, 7, 10, 16, 30, 48, 50, 100, 333, 1000)
 def scheduler(schedule: str, zero_snr: bool, prediction: str = "v_prediction") -> "DDIMScheduler":
     beta_start, beta_end = BETAS[schedule]
     return DDIMScheduler(
-        num_train_timesteps=1000, beta_schedule=schedule, beta_start=beta_start, beta_end=beta_end,
-        rescale_betas_zero_snr=zero_snr, prediction_type=prediction, timestep_spacing="trailing",
-        clip_sample=False, set_alpha_to_one=True,
+        num_train_timesteps=1000,
+        beta_schedule=schedule,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        rescale_betas_zero_snr=zero_snr,
+        prediction_type=prediction,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
     )
 
 
@@ -240,8 +271,13 @@ def record_schedule(schedule: str, zero_snr: bool, inputs: dict) -> dict[str, to
     for prediction in ("v_prediction",) if zero_snr else ("v_prediction", "epsilon"):
         for steps in (10, 7):
             exact, own = (
-                trajectory(scheduler(schedule, zero_snr, prediction), steps, inputs["x"],
-                           inputs["weight"], own_gap)
+                trajectory(
+                    scheduler(schedule, zero_snr, prediction),
+                    steps,
+                    inputs["x"],
+                    inputs["weight"],
+                    own_gap,
+                )
                 for own_gap in (False, True)
             )
             recorded[f"{name}.{prediction}.{steps}"] = exact

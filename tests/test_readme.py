@@ -1,4 +1,4 @@
-"""README.md and its fellows: what they name exists, commands parse, numbers are today's."""
+"""README.md and its fellows: commands parse, names exist, quoted lines stand in the code."""
 
 import importlib
 import re
@@ -7,52 +7,62 @@ import shlex
 import pytest
 from conftest import ROOT
 
-PAGES = ["README.md", "RESULTS.md", "checkpoints/tiny/README.md"]
+PAGES = [
+    "README.md",
+    "checkpoints/tiny/README.md",
+    *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
+]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
-COMMANDS = sorted({
-    line.strip()
-    for line in TEXTS["README.md"].replace("\\\n", " ").splitlines()
-    if re.match(r"\s*(\.venv/bin/)?python \w+\.py", line)
-})  # fmt: skip
+LINES = [line.strip() for line in README.replace("\\\n", " ").splitlines()]
+COMMAND = r"(?:\.venv/bin/)?(?:python(?: -m (lab\.\w+)| (\w+)\.py)|torchrun .*?-m (lab\.\w+))\b(.*)"
+COMMANDS = sorted({line for line in LINES if re.match(COMMAND, line)})
+QUOTED = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_line_counts_are_right():
-    rows = re.findall(r"^\| \W*(\w+\.py)\b[^|]*\|\s*([\d,]+)\s*\|", TEXTS["README.md"], re.M)
-    assert sorted(name for name, _ in rows) == [f"{module}.py" for module in MODULES]
-    for name, lines in rows:
-        counted = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        assert int(lines.replace(",", "")) == counted, name
-
-
-def has(thing, attribute: str) -> bool:
-    """Of a module or class; of a class also what its fields and its __init__ set."""
-    fields = getattr(thing, "__dataclass_fields__", {})
-    set_inside = getattr(getattr(thing, "__init__", None), "__code__", None)
-    return (hasattr(thing, attribute) or attribute in fields
-            or attribute in getattr(set_inside, "co_names", ()))  # fmt: skip
-
-
-def test_every_name_of_the_tables_exists():
-    names = re.findall(rf"`((?:{'|'.join(MODULES)})\.(?!py\b)[A-Za-z_][\w.]*)", TEXTS["README.md"])
-    assert len(names) > 15
-    for name in names:
-        module, *attributes = name.split(".")
-        thing = importlib.import_module(module)
-        for attribute in attributes:
-            assert has(thing, attribute), name
-            thing = getattr(thing, attribute, None)
+def test_there_is_something_to_check():
+    assert len(COMMANDS) > 8 and len(QUOTED) > 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_of_the_commands_exists(command, run_main):
     """The command's own --help names its flags, in this process."""
-    _, script, *words = shlex.split(command, comments=True)
+    lab, top, distributed, rest = re.match(COMMAND, command).groups()
+    words = shlex.split(rest, comments=True)
     first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    stage = words[:first]  # a stage of training, a kind of evaluation, or paths
-    code, said, _ = run_main(importlib.import_module(script.removesuffix(".py")), *stage, "--help")
+    module = importlib.import_module(lab or top or distributed)
+    code, said, _ = run_main(module, *words[:first], "--help")  # after a stage, or a kind
     flags = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
-    assert code in (0, None) and all(re.search(rf"{flag}\b", said) for flag in flags), flags
+    assert code in (0, None) and said, command
+    assert all(re.search(rf"(?<![\w-]){flag}(?![\w-])", said) for flag in flags), (flags, said)
+
+
+def test_specs_of_data_name_functions():
+    for module, name in re.findall(r"\b(lab\.\w+):(\w+)", README):
+        assert callable(getattr(importlib.import_module(module), name)), name
+
+
+@pytest.mark.parametrize("block", QUOTED)
+def test_quoted_lines_stand_in_the_code_one_after_the_other(block):
+    squeeze = lambda text: "\n".join(line.strip() for line in text.strip().splitlines())
+    files = [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py"), ROOT / "tests" / "reference.py"]
+    assert any(squeeze(block) in squeeze(path.read_text()) for path in files), block
+
+
+def test_every_name_of_the_tables_exists():
+    names = re.findall(rf"`((?:{'|'.join(MODULES)})\.(?!py\b)[A-Za-z_][\w.]*)", README)
+    assert names
+    for name in names:
+        module, *attributes = name.split(".")
+        thing = importlib.import_module(module)
+        for attribute in attributes:
+            assert hasattr(thing, attribute), name
+            thing = getattr(thing, attribute)
+
+
+def test_every_file_at_the_top_is_in_the_reading_order():
+    assert [name for name in MODULES if f"{name}.py" not in README] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

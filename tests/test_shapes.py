@@ -1,4 +1,4 @@
-"""shapes.py: the Shapes world's own truth, its wording, and what each field of its config does."""
+"""lab/shapes.py: the Shapes world's own truth, its wording, and each field of its config."""
 
 import hashlib
 import json
@@ -13,13 +13,14 @@ import pytest
 from conftest import ROOT, complaint
 
 import data
-import shapes
+from lab import shapes
 from data import Segment
 from orthus import OrthusConfig
-from shapes import Shapes, ShapesConfig, Thing, place, relation, render, with_article
+from lab.shapes import Shapes, ShapesConfig, Thing, place, relation, render, with_article
 
 WORLD = Shapes(0, ShapesConfig(digits=0.5))
 CONFIG = OrthusConfig.preset("tiny")
+EVERY_TEXT = [*data.texts_of(Shapes(0, allow_unseen=True)), *"0123456789", "Generate an image."]
 
 
 def kinds(task):
@@ -37,7 +38,7 @@ def only(task, **fields):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts, size = shapes.shapes_texts(ShapesConfig()), CONFIG.vocab_size - CONFIG.image_id
+    texts, size = EVERY_TEXT, CONFIG.vocab_size - CONFIG.image_id
     return data.Tokenizer(data.train_tokenizer(texts, size), CONFIG)
 
 
@@ -112,7 +113,7 @@ def test_wording(task, kind):
 
 def test_tokenizers_round_trip_the_world(tokenizer):
     shipped = data.Tokenizer.from_pretrained(ROOT / "checkpoints" / "tiny")
-    for text in set(shapes.shapes_texts(ShapesConfig())):
+    for text in set(EVERY_TEXT):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text == shipped.decode(shipped.encode(text))
         assert min(ids) > CONFIG.image_id and max(ids) < CONFIG.vocab_size
@@ -120,7 +121,7 @@ def test_tokenizers_round_trip_the_world(tokenizer):
 
 def test_words_of_the_world():
     config = json.loads((ROOT / "checkpoints" / "tiny" / "config.json").read_text())
-    texts = shapes.shapes_texts(ShapesConfig())
+    texts = EVERY_TEXT
     words = {word.strip(".,?!") for text in texts for word in text.split()}
     assert words == set(config["generation"]["words"])
 
@@ -492,9 +493,21 @@ def test_a_question_that_is_the_only_one_is_asked_once():
     ],
 )
 def test_a_world_that_cannot_be_is_refused(fields, named):
-    assert named in complaint(lambda: ShapesConfig(**fields))
+    assert named in complaint(lambda: shapes.world(0, fields))  # the door
 
 
 def test_pictures_of_no_task_hold_as_many_things_as_asked():
     world = Shapes(0, ShapesConfig(tasks={"image": 1.0}, min_objects=3, max_objects=4))
     assert {len(world.scene(i).things) for i in range(40)} == {3, 4}
+
+
+def test_named_worlds_are_what_the_presets_train_on():
+    """Their fields may be changed, and tiny's tasks change over the examples of a training."""
+    assert shapes.nano_pictures(3).config.max_objects == 3
+    assert {len(shapes.nano_crowds(0).scene(i).things) for i in range(9)} <= {3, 4}
+    assert shapes.nano_tasks(0, digits=0.5).config.digits == 0.5
+    mixed, last = shapes.tiny_tasks(5, examples=1000), shapes.tiny_tasks(5)
+    assert mixed.config.tasks != last.config.tasks == ShapesConfig().tasks
+    early, late = ([mixed.example(i) for i in range(n, n + 150)] for n in (0, 850))
+    asks = lambda some: sum(not segments[-1].is_image for segments in some)
+    assert asks(early) > 1.5 * asks(late)

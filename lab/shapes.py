@@ -2,34 +2,40 @@
 one exact answer. One dataset among others: all that a trainer needs is Shapes.example.
 
 Reading order: scenes (what there is and how it is drawn), ShapesConfig (how much of what), then
-the tasks: Example (a conversation and its truth), questions, edits, story moves, and Shapes, which
-makes an example of every task.
+the tasks: Example (a conversation and its truth), questions, edits, story moves; Shapes, which
+makes an example of every task; and last the data of the presets, as functions that a spec names:
+`train.py posttrain --data lab.shapes:nano_tasks --data-args '{"max_objects": 2}'`.
 """
 
-import functools
 import math
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from PIL import Image, ImageDraw, ImageFont
 
-import checkpoint
-from checkpoint import within
+from checkpoint import build, setting
 from data import Segment
 
-# --- Scenes --------------------------------------------------------------------------------------
+# --- Scenes ---
 
 SHAPES = ("circle", "square", "triangle", "star")
-COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (45, 80, 220),
-           "yellow": (240, 200, 30), "purple": (150, 60, 190), "orange": (245, 130, 30)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 80, 220),
+    "yellow": (240, 200, 30),
+    "purple": (150, 60, 190),
+    "orange": (245, 130, 30),
+}
 BACKGROUND = (250, 248, 242)
 UNSEEN = {("purple", "star"), ("green", "triangle")}  # never in training, asked for in evaluation
 REACH = {"circle": 1.0, "square": 1.15, "triangle": 1.2, "star": 1.25}  # circumradius / r
-# unit steps from the second object to the first, y pointing down
+# Unit steps from the second object to the first, y pointing down.
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-CANVAS, GAP, OVERSAMPLE = 64, 3, 4  # pixels of a picture's side, pixels between things, times
+CANVAS, GAP = 64, 3  # pixels: a picture's side, and what is between things, at least
+OVERSAMPLE = 4  # pictures are drawn so many times as large
 FONT = ImageFont.load_default(size=9.7 * OVERSAMPLE)  # whose digits are 7 canvas pixels high
 
 
@@ -60,6 +66,7 @@ class Thing:
 
 
 Scene = list[Thing]
+Pair = tuple[str, str]  # colour, shape
 
 
 def with_article(name: str) -> str:
@@ -68,17 +75,21 @@ def with_article(name: str) -> str:
 
 def outline(thing: Thing) -> list[tuple[float, float]]:
     """Corners of a polygonal thing, in pixels, y pointing down."""
-    outer, inner = [thing.reach], [0.52 * thing.r]
-    radii = {"square": outer * 4, "triangle": outer * 3, "star": (outer + inner) * 5}[thing.shape]
-    first = -math.pi / 4 if thing.shape == "square" else -math.pi / 2  # axis-aligned / one point up
-    angles = [first + thing.angle + 2 * math.pi * i / len(radii) for i in range(len(radii))]
-    corners = zip(radii, angles, strict=True)
-    return [(thing.x + r * math.cos(a), thing.y + r * math.sin(a)) for r, a in corners]
+    number = {"square": 4, "triangle": 3, "star": 10}[thing.shape]
+    # The first corner points up; a square lies on its side.
+    first = thing.angle + (-math.pi / 4 if thing.shape == "square" else -math.pi / 2)
+    corners = []
+    for i in range(number):
+        inner = thing.shape == "star" and i % 2 == 1
+        r = 0.52 * thing.r if inner else thing.reach
+        angle = first + 2 * math.pi * i / number
+        corners.append((thing.x + r * math.cos(angle), thing.y + r * math.sin(angle)))
+    return corners
 
 
 def render(things: Scene) -> Image.Image:
     """Draw a scene at four times its size and box-filter it down: 64 x 64 RGB, anti-aliased."""
-    image = Image.new("RGB", (CANVAS * OVERSAMPLE,) * 2, BACKGROUND)
+    image = Image.new("RGB", (CANVAS * OVERSAMPLE, CANVAS * OVERSAMPLE), BACKGROUND)
     draw = ImageDraw.Draw(image)
     for t in things:
         if t.shape == "circle":
@@ -94,10 +105,11 @@ def render(things: Scene) -> Image.Image:
 
 def digit_mask(things: Scene) -> Image.Image | None:
     """Where digits stand: 64 x 64 "L", 255 inside their boxes; None where there are none."""
-    digits, mask = [t for t in things if t.digit is not None], Image.new("L", (CANVAS, CANVAS))
-    for t in digits:
-        ImageDraw.Draw(mask).rectangle([t.x - 3.5, t.y - 4, t.x + 3, t.y + 3.5], 255)
-    return mask if digits else None
+    mask = Image.new("L", (CANVAS, CANVAS))
+    for t in things:
+        if t.digit is not None:
+            ImageDraw.Draw(mask).rectangle([t.x - 3.5, t.y - 4, t.x + 3, t.y + 3.5], 255)
+    return mask if mask.getbbox() else None
 
 
 def fits(x: float, y: float, reach: float, others: Scene) -> bool:
@@ -116,19 +128,20 @@ def drop(colour: str, shape: str, things: Scene, rng: random.Random) -> Thing | 
     for _ in range(20):
         r = rng.uniform(6, 11)
         reach = r * REACH[shape]
-        x, y = (rng.uniform(reach + 1, CANVAS - 1 - reach) for _ in range(2))
+        x = rng.uniform(reach + 1, CANVAS - 1 - reach)
+        y = rng.uniform(reach + 1, CANVAS - 1 - reach)
         if fits(x, y, reach, things):
             return Thing(shape, colour, x, y, r, rng.uniform(-0.25, 0.25), shade(colour, rng))
     return None
 
 
-def place(wanted: list[tuple[str, str]], rng: random.Random,
-          accept: Callable[[Scene], bool] | None = None) -> Scene:
+def place(wanted: list[Pair], rng: random.Random, accept: Callable | None = None) -> Scene:
     """Drop each (colour, shape), again from the start until all have room and are accepted."""
     while True:
         things = []
         for colour, shape in wanted:
-            if thing := drop(colour, shape, things, rng):
+            thing = drop(colour, shape, things, rng)
+            if thing is not None:
                 things.append(thing)
         if len(things) == len(wanted) and (accept is None or accept(things)):
             return things
@@ -146,67 +159,59 @@ def relation(a: Thing, b: Thing) -> str | None:
 
 def write_digits(things: Scene, rng: random.Random, share: float) -> Scene:
     """Put a digit on a share of the things that are large enough to carry one."""
-    return [
-        replace(t, digit=rng.randint(0, 9)) if t.r >= 8 and rng.random() < share else t
-        for t in things
-    ]
+    chosen = lambda t: t.r >= 8 and rng.random() < share
+    return [replace(t, digit=rng.randint(0, 9)) if chosen(t) else t for t in things]
 
 
-# --- The mix -------------------------------------------------------------------------------------
+# --- The mix ---
 
-# What there is, and its share in the shipped model's last training. Task "image" is a picture
-# alone, for the autoencoder and for stage 1; the captions are GenEval's six categories.
-TASKS = {"image": 0.0, "text_to_image": 0.42, "understanding": 0.18, "editing": 0.10,
-         "difference": 0.02, "in_context": 0.21, "story": 0.07}
-CAPTIONS = {"one object": 0.07, "two objects": 0.34, "counting": 0.10, "colours": 0.06,
-            "position": 0.09, "binding": 0.34}
-QUESTIONS = {"count": 0.12, "colour": 0.09, "exists": 0.09, "relation": 0.11, "digit": 0.50,
-             "describe": 0.09}
-EDITS = {"recolour": 0.35, "remove": 0.35, "add": 0.3}
+TASKS = "image", "text_to_image", "understanding", "editing", "difference", "in_context", "story"
+CAPTIONS = "one object", "two objects", "counting", "colours", "position", "binding"  # GenEval's
+QUESTIONS = "count", "colour", "exists", "relation", "digit", "describe"
+EDITS = "recolour", "remove", "add"
 
 
-def weights(default: dict[str, float], of: str):
-    help = f"weights of {of}, those left out 0 (default: {default})".replace("'", "")
-    return field(default_factory=default.copy, metadata={"low": 0, "high": 1e6, "help": help})
+def weights(names: tuple[str, ...], *default: float):
+    """A field that says how often each of these comes; what it leaves out does not."""
+    make = lambda: dict(zip(names, default, strict=True))
+    return field(default_factory=make, metadata={"names": names, "limits": (dict,)})
 
 
 @dataclass
 class ShapesConfig:
-    """What there is in a Shapes world, and how much of it."""
+    """What there is in a Shapes world, and how much of it: by default as in the shipped model's
+    last training. Task "image" is a picture alone, for the autoencoder and for stage 1."""
 
-    tasks: dict[str, float] = weights(TASKS, "tasks")
-    captions: dict[str, float] = weights(CAPTIONS, "kinds of caption")
-    questions: dict[str, float] = weights(QUESTIONS, "kinds of question")
-    edits: dict[str, float] = weights(EDITS, "kinds of edit")
-    digits: float = within(0.9, 0, 1, "share of large things with a digit (default: 0.9)")
-    max_objects: int = within(4, 2, 4, "things in a scene (default: 4)")
-    min_objects: int = within(1, 1, 4, "things in a picture of no task (default: 1)")
-    shapes: tuple[str, ...] = SHAPES
-    colours: tuple[str, ...] = tuple(COLOURS)
+    tasks: dict[str, float] = weights(TASKS, 0.0, 0.42, 0.18, 0.10, 0.02, 0.21, 0.07)
+    captions: dict[str, float] = weights(CAPTIONS, 0.07, 0.34, 0.10, 0.06, 0.09, 0.34)
+    questions: dict[str, float] = weights(QUESTIONS, 0.12, 0.09, 0.09, 0.11, 0.50, 0.09)
+    edits: dict[str, float] = weights(EDITS, 0.35, 0.35, 0.3)
+    digits: float = setting(0.9, "share of the large things that carry a digit", float, 0, 1)
+    max_objects: int = setting(4, "things in a scene", int, 2, 4)
+    min_objects: int = setting(1, "things in a picture of no task", int, 1, 4)
+    shapes: tuple[str, ...] = setting(SHAPES, "of things", *SHAPES)
+    colours: tuple[str, ...] = setting(tuple(COLOURS), "of things", *COLOURS)
 
     def __post_init__(self):
-        checkpoint.check_fields(self)
-        known = {"tasks": TASKS, "captions": CAPTIONS, "questions": QUESTIONS, "edits": EDITS,
-                 "shapes": SHAPES, "colours": COLOURS}
+        """Raise ValueError where there is no such world, with all that is wrong."""
         problems = []
-        for name, kinds in known.items():
-            own, least = getattr(self, name), "two" if name in ("shapes", "colours") else "one"
-            enough = any(own.values()) if least == "one" else len(own) == len(set(own)) >= 2
-            if not (enough and set(own) <= set(kinds)):
-                problems.append(f"{name} is {own}; want {least} or more of {', '.join(kinds)}")
+        for f in fields(self):
+            names, value = f.metadata.get("names"), getattr(self, f.name)
+            if names and not are_weights(value, names):
+                problems.append(f"{f.name} is {value}; want weights of any of {', '.join(names)}")
+        if min(len(set(self.shapes)), len(set(self.colours))) < 2:
+            problems.append(f"shapes are {self.shapes}, colours {self.colours}; want two of each")
+        if self.min_objects > self.max_objects:
+            problems.append(f"min_objects is {self.min_objects}, max_objects {self.max_objects}")
         pairs = {(colour, shape) for colour in self.colours for shape in self.shapes} - UNSEEN
-        # "Is there a red star?" needs one that is not there
-        if not problems and len(pairs) <= max(2, self.max_objects):
-            problems.append(f"shapes and colours make {len(pairs)} combinations for training; want "
-                            f"more than max_objects, which is {self.max_objects}")
+        if len(pairs) <= self.max_objects:  # "Is there a red star?" needs one that is not there
+            found = f"shapes and colours make {len(pairs)} combinations for training"
+            problems.append(f"{found}; want more than max_objects, which is {self.max_objects}")
         asked = self.tasks.get("understanding") and self.questions.get("digit")
         if asked and self.digits < 0.01:  # a scene with a digit would never be found
             problems.append(f"digits is {self.digits}, yet questions ask for them; want 0.01 to 1")
         if problems:
             raise ValueError("; ".join(problems))
-
-    def __hash__(self):  # by value: what is made from a config can be cached
-        return hash(repr(self))
 
     def kinds(self, task: str) -> dict[str, float]:
         """The weights of a task's kinds; none where there is but one, named as the task."""
@@ -214,11 +219,17 @@ class ShapesConfig:
         return {} if task in ("image", "story") else own.get(task, self.edits)
 
 
+def are_weights(value: dict, names: tuple[str, ...]) -> bool:
+    """Whether it gives a weight to some of the names, and to one of them more than 0."""
+    right = [w for w in value.values() if isinstance(w, int | float) and 0 <= w <= 1e6]
+    return set(value) <= set(names) and len(right) == len(value) and any(right)
+
+
 def weighted_choice(rng: random.Random, weights: dict[str, float]) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-# --- Examples and their truth --------------------------------------------------------------------
+# --- Examples and their truth ---
 
 COUNTS = "zero", "one", "two", "three", "four"
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # y pointing down
@@ -263,27 +274,37 @@ def singles(things: Scene) -> Scene:
 
 
 def ask_colour(rng: random.Random, things: Scene, config: ShapesConfig) -> Answered:
-    thing = rng.choice(single) if (single := singles(things)) else None
-    return thing and (f"What colour is the {thing.shape}?", thing.colour)
+    single = singles(things)
+    if not single:
+        return None
+    thing = rng.choice(single)
+    return f"What colour is the {thing.shape}?", thing.colour
 
 
 def ask_exists(rng: random.Random, things: Scene, config: ShapesConfig) -> Answered:
     """Yes and no as often; half of the no's are one attribute off a thing that is there."""
-    present = {(t.colour, t.shape) for t in things}
-    colour, shape = rng.choice(sorted(present))
-    if rng.random() < 0.5:
-        return f"Is there {with_article(f'{colour} {shape}')}?", "yes"
+    present = sorted({(t.colour, t.shape) for t in things})
+    colour, shape = rng.choice(present)
+    answer = "yes" if rng.random() < 0.5 else "no"
+    if answer == "no":
+        colour, shape = absent(rng, present, config)
+    return f"Is there {with_article(f'{colour} {shape}')}?", answer
+
+
+def absent(rng: random.Random, present: list[Pair], config: ShapesConfig) -> Pair:
+    """A (colour, shape) that is not there, and not UNSEEN: training does not even name it."""
     near = rng.random() < 0.5
-    while (colour, shape) in present:
+    while True:
         if not near:
-            colour, shape = rng.choice(config.colours), rng.choice(config.shapes)
+            pair = rng.choice(config.colours), rng.choice(config.shapes)
         elif rng.random() < 0.5:
-            colour, shape = rng.choice(config.colours), rng.choice(sorted(present))[1]
+            pair = rng.choice(config.colours), rng.choice(present)[1]
         else:
-            colour, shape = rng.choice(sorted(present))[0], rng.choice(config.shapes)
-        if (colour, shape) in UNSEEN:  # not even named in training: draw again
-            colour, shape = rng.choice(sorted(present))
-    return f"Is there {with_article(f'{colour} {shape}')}?", "no"
+            pair = rng.choice(present)[0], rng.choice(config.shapes)
+        if pair in UNSEEN:
+            rng.choice(present)  # not used: without this draw equal seeds made other scenes
+        elif pair not in present:
+            return pair
 
 
 def ask_relation(rng: random.Random, things: Scene, config: ShapesConfig) -> Answered:
@@ -301,18 +322,21 @@ def ask_relation(rng: random.Random, things: Scene, config: ShapesConfig) -> Ans
 
 def ask_digit(rng: random.Random, things: Scene, config: ShapesConfig) -> Answered:
     single = [t for t in singles(things) if t.digit is not None]
-    thing = rng.choice(single) if single else None
-    return thing and (f"Which digit is on the {thing.shape}?", str(thing.digit))
+    if not single:
+        return None
+    thing = rng.choice(single)
+    return f"Which digit is on the {thing.shape}?", str(thing.digit)
 
 
 def ask_describe(rng: random.Random, things: Scene, config: ShapesConfig) -> Answered:
     """All things from left to right."""
     names = [with_article(t.name) for t in sorted(things, key=lambda t: t.x)]
-    return "Describe the image.", " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    all_but_last = ", ".join(names[:-1])
+    return "Describe the image.", f"{all_but_last} and {names[-1]}" if all_but_last else names[-1]
 
 
-ASK = {"count": ask_count, "colour": ask_colour, "exists": ask_exists, "relation": ask_relation,
-       "digit": ask_digit, "describe": ask_describe}
+ASKS = ask_count, ask_colour, ask_exists, ask_relation, ask_digit, ask_describe
+ASK = dict(zip(QUESTIONS, ASKS, strict=True))
 
 
 @dataclass(frozen=True)
@@ -325,9 +349,11 @@ class Edit:
 
     @property
     def instruction(self) -> str:
-        name = with_article(f"{self.colour} {self.shape}")
-        return {"recolour": f"Make the {self.shape} {self.colour}.",
-                "remove": f"Remove the {self.shape}.", "add": f"Add {name}."}[self.kind]
+        if self.kind == "recolour":
+            return f"Make the {self.shape} {self.colour}."
+        if self.kind == "remove":
+            return f"Remove the {self.shape}."
+        return f"Add {with_article(f'{self.colour} {self.shape}')}."
 
     def apply(self, things: Scene, rng: random.Random, max_objects: int = 4) -> Scene | None:
         """The scene after the edit, all else as it was; None where the edit makes no sense."""
@@ -336,7 +362,7 @@ class Edit:
             if there or len(things) >= max_objects:
                 return None
             new = drop(self.colour, self.shape, things, rng)
-            return [*things, new] if new else None
+            return None if new is None else [*things, new]
         single = [t for t in things if t.shape == self.shape]
         if len(single) != 1 or single[0].colour == self.colour:
             return None
@@ -358,15 +384,12 @@ def story_moves(scene: Scene) -> list[tuple[str, Scene]]:
     return moves
 
 
-# --- The dataset ---------------------------------------------------------------------------------
+# --- The dataset ---
 
 
 class Shapes:
     """The Shapes world as an endless dataset: example(i) depends on seed, i and config alone.
-
-    allow_unseen lets in the combinations that training never shows. Each task is a method, which
-    makes one example of a kind from a random stream.
-    """
+    allow_unseen lets in the combinations that training never shows."""
 
     def __init__(self, seed: int, config: ShapesConfig | None = None, allow_unseen: bool = False):
         self.seed, self.config, self.allow_unseen = seed, config or ShapesConfig(), allow_unseen
@@ -375,17 +398,32 @@ class Shapes:
         return self.scene(index).segments
 
     def scene(self, index: int) -> Example:
+        """The example and its truth."""
         rng = random.Random(f"shapes {self.seed} {index}")
         task = weighted_choice(rng, self.config.tasks)
         kinds = self.config.kinds(task)
         kind = weighted_choice(rng, kinds) if kinds else task
-        more = {"turns": rng.randint(1, 4)} if task == "understanding" else {}
-        return getattr(self, task)(rng, kind, **more)
+        turns = rng.randint(1, 4) if task == "understanding" else 1
+        return self.make(task, kind, rng, turns)
 
-    def pick(self, rng: random.Random, shapes: list[str] | None = None) -> tuple[str, str]:
-        """A random (colour, shape); the UNSEEN combinations only where allowed."""
+    def make(self, task: str, kind: str, rng: random.Random, turns: int = 1) -> Example:
+        """An example of a task from a random stream; turns: questions about one scene."""
+        if task == "understanding":
+            return self.understanding(rng, kind, turns)
+        makers = {
+            "image": self.image,
+            "text_to_image": self.text_to_image,
+            "editing": self.editing,
+            "difference": self.difference,
+            "in_context": self.in_context,
+            "story": self.story,
+        }
+        return makers[task](rng, kind)
+
+    def pick(self, rng: random.Random, among: list[str] | None = None) -> Pair:
+        """A random (colour, shape), the shape among these; UNSEEN ones only where allowed."""
         while True:
-            pair = rng.choice(self.config.colours), rng.choice(shapes or self.config.shapes)
+            pair = rng.choice(self.config.colours), rng.choice(among or self.config.shapes)
             if self.allow_unseen or pair not in UNSEEN:
                 return pair
 
@@ -404,21 +442,25 @@ class Shapes:
 
     def text_to_image(self, rng: random.Random, kind: str) -> Example:
         """A caption of one of GenEval's six kinds and a scene it is true of."""
-        named = kind not in ("one object", "two objects")  # these captions name no colour
-        wanted, accept = [self.pick(rng), self.pick(rng)], None
-        differ = {"two objects": 1, "position": 0, "binding": 0}.get(kind)  # in shape, in colour
-        while differ is not None and wanted[0][differ] == wanted[1][differ]:
-            wanted[1] = self.pick(rng)
-        one, two = (" ".join(pair) if named else pair[1] for pair in wanted)
-        if kind == "counting":
-            n = rng.randint(2, self.config.max_objects)
-            caption, wanted = f"{COUNTS[n]} {one}s", wanted[:1] * n
-        elif kind in ("one object", "colours"):
-            caption, wanted = with_article(one), wanted[:1]
-        else:
-            word = rng.choice(list(RELATIONS)) if kind == "position" else "and"
+        first, second = self.pick(rng), self.pick(rng)
+        while kind == "two objects" and first[1] == second[1]:  # they differ in shape
+            second = self.pick(rng)
+        while kind in ("position", "binding") and first[0] == second[0]:  # and these in colour
+            second = self.pick(rng)
+        named = kind not in ("one object", "two objects")  # the others name colours
+        one, two = (" ".join(pair) if named else pair[1] for pair in (first, second))
+        wanted, accept = [first, second], None
+        if kind in ("one object", "colours"):
+            caption, wanted = with_article(one), [first]
+        elif kind == "counting":
+            number = rng.randint(2, self.config.max_objects)
+            caption, wanted = f"{COUNTS[number]} {one}s", [first] * number
+        elif kind == "position":
+            word = rng.choice(list(RELATIONS))
             caption = f"{with_article(one)} {word} {with_article(two)}"
-            accept = (lambda t: relation(*t) == word) if kind == "position" else None
+            accept = lambda things: relation(*things) == word
+        else:
+            caption = f"{with_article(one)} and {with_article(two)}"
         things = place(wanted, rng, accept)
         rng.shuffle(things)
         unseen = named and any(t.unseen for t in things)
@@ -428,21 +470,20 @@ class Shapes:
     def understanding(self, rng: random.Random, kind: str, turns: int = 1) -> Example:
         """A scene and different questions about it, the first of a given kind; fewer than `turns`
         where the scene has no more."""
-        config = self.config
-        while True:
+        config, first = self.config, None
+        while first is None:  # until a scene has an answer for the wanted kind
             few = min(rng.choice((1, 2, 2, 3, 4)), len(config.shapes))  # for counts above one
-            shapes = rng.sample(config.shapes, few)
+            among = rng.sample(config.shapes, few)
             number = min(rng.choice((1, 2, 2, 3, 3, 4)), config.max_objects)
-            things = place([self.pick(rng, shapes) for _ in range(number)], rng)
+            things = place([self.pick(rng, among) for _ in range(number)], rng)
             things = write_digits(things, rng, config.digits)
-            if first := ASK[kind](rng, things, config):
-                break  # the scene has an answer for the wanted kind
+            first = ASK[kind](rng, things, config)
         asked = [first]
         for _ in range(100):
             if len(asked) == turns:
                 break
             pair = ASK[weighted_choice(rng, config.questions)](rng, things, config)
-            if pair not in (None, *asked):  # asked again, it could be copied
+            if pair is not None and pair not in asked:  # asked again, it could be copied
                 asked.append(pair)
         segments = [picture(things)]
         for question, answer in asked:
@@ -454,14 +495,17 @@ class Shapes:
         for _ in range(8):
             colour, shape = self.pick(rng)
             edit = Edit(kind, shape, "" if kind == "remove" else colour)
-            if after := edit.apply(things, rng, self.config.max_objects):
+            after = edit.apply(things, rng, self.config.max_objects)
+            if after is not None:
                 return edit, after
         return None
 
     def editing(self, rng: random.Random, kind: str) -> Example:
         """A scene and an instruction; to draw: the scene with this one change."""
-        while not (found := self.edit(rng, things := self.things(rng), kind)):
-            pass
+        found = None
+        while found is None:
+            things = self.things(rng)
+            found = self.edit(rng, things, kind)
         edit, after = found
         segments = [picture(things), Segment(edit.instruction), picture(after, output=True)]
         unseen = (edit.colour, edit.shape) in UNSEEN
@@ -476,21 +520,23 @@ class Shapes:
 
     def in_context(self, rng: random.Random, kind: str) -> Example:
         """A scene, the same after an edit, another scene; to draw: the same edit of the other one.
-
         A thing that was changed or removed is known by its shape: nothing else in the other scene
-        has the colour that it had.
-        """
+        has the colour that it had."""
         while True:
             things, other = self.things(rng), self.things(rng)
             found = self.edit(rng, things, kind)
-            if not found or not (answer := found[0].apply(other, rng, self.config.max_objects)):
+            if found is None:
                 continue
             edit, after = found
+            answer = edit.apply(other, rng, self.config.max_objects)
+            if answer is None:
+                continue
             old = {t.colour for t in things if t.shape == edit.shape}
             if kind != "add" and any(t.colour in old and t.shape != edit.shape for t in other):
                 continue
             unseen = (edit.colour, edit.shape) in UNSEEN
-            segments = [*map(picture, (things, after, other)), picture(answer, output=True)]
+            segments = [picture(things), picture(after), picture(other)]
+            segments.append(picture(answer, output=True))
             return Example("in_context", kind, segments, answer, unseen, other)
 
     def story(self, rng: random.Random, kind: str = "story") -> Example:
@@ -498,35 +544,75 @@ class Shapes:
         first, second = self.pick(rng), self.pick(rng)
         while second == first:
             second = self.pick(rng)
-        scene = start = place([first, second], rng, lambda things: bool(story_moves(things)))
-        unseen = any(t.unseen for t in scene)
-        names = [with_article(t.name) for t in scene]
-        opening = f"{names[0].capitalize()} meets {names[1]}. Continue this story."
-        segments = [picture(scene), Segment(opening)]
+        start = place([first, second], rng, lambda things: bool(story_moves(things)))
+        one, two = (with_article(t.name) for t in start)
+        opening = f"{one.capitalize()} meets {two}. Continue this story."
+        segments, scene = [picture(start), Segment(opening)], start
         for _ in range(1, FRAMES):
             sentence, scene = rng.choice(story_moves(scene))
             segments += [Segment(sentence, output=True), picture(scene, output=True)]
-        return Example("story", kind, segments, scene, unseen, start)
+        return Example("story", kind, segments, scene, any(t.unseen for t in start), start)
 
 
-@functools.cache
-def shapes_texts(config: ShapesConfig) -> list[str]:
-    """What a Shapes world may say, the unseen combinations too: what a tokenizer learns from."""
-    world = Shapes(0, config, allow_unseen=True)
-    said = (segment.content for i in range(4000) for segment in world.example(i))
-    return [*(text for text in said if isinstance(text, str)), "Generate an image.", *"0123456789"]
+# --- The data of the presets ---
+
+PICTURES = {"tasks": {"image": 1.0}}
+FEW = {"shapes": SHAPES[:3], "colours": tuple(COLOURS)[:4], "digits": 0.0}
+NANO = FEW | {"max_objects": 3}
+NANO_TASKS = {
+    "tasks": {"text_to_image": 0.4, "understanding": 0.6},
+    "captions": {"one object": 0.4, "colours": 0.6},
+    "questions": {"count": 0.5, "colour": 0.3, "describe": 0.2},
+}
+MIXES = {  # weights of TASKS, from which share of a training on
+    0.0: (0, 0.34, 0.28, 0.10, 0.06, 0.17, 0.05),
+    0.65: (0, 0.42, 0.18, 0.10, 0.02, 0.21, 0.07),
+    0.82: (0, 0.60, 0.12, 0.06, 0.02, 0.15, 0.05),
+}
+
+
+def world(seed: int, given: dict) -> Shapes:
+    """The world of a config's fields; ValueError where there is no such field or world."""
+    return Shapes(seed, build(ShapesConfig, given, "the Shapes world"))
 
 
 class Schedule:
-    """Worlds one after the other: [[share of so many examples it begins at, its fields], ...]."""
+    """Worlds one after the other, each from an index on: a mix of tasks that changes."""
 
-    def __init__(self, worlds: list, examples: int, seed: int):
-        self.begins = [round(share * examples) for share, _ in worlds]
-        self.worlds = [Shapes(seed, ShapesConfig(**fields)) for _, fields in worlds]
+    def __init__(self, begins: list[int], worlds: list[Shapes]):
+        self.begins, self.worlds, self.config = begins, worlds, worlds[-1].config
 
     def example(self, index: int) -> list[Segment]:
         number = sum(begin <= index for begin in self.begins) - 1
         return self.worlds[number].example(index)
 
-    def texts(self) -> list[str]:
-        return [text for world in self.worlds for text in shapes_texts(world.config)]
+
+def nano_pictures(seed: int = 0, **given) -> Shapes:
+    """Pictures alone, for stage 1."""
+    return world(seed, NANO | PICTURES | given)
+
+
+def nano_crowds(seed: int = 0, **given) -> Shapes:
+    """Pictures of four things: more to learn from in each, for an autoencoder."""
+    return world(seed, FEW | PICTURES | {"min_objects": 4} | given)
+
+
+def nano_tasks(seed: int = 0, **given) -> Shapes:
+    """Captions and questions."""
+    return world(seed, NANO | NANO_TASKS | given)
+
+
+def tiny_pictures(seed: int = 0, **given) -> Shapes:
+    """Pictures alone."""
+    return world(seed, PICTURES | given)
+
+
+def tiny_tasks(seed: int = 0, examples: int | None = None, **given) -> Shapes | Schedule:
+    """Every task. Over so many examples: at first more questions, at the end more captions."""
+    if examples is None:
+        return world(seed, given)
+    worlds = []
+    for weights in MIXES.values():
+        tasks = {"tasks": dict(zip(TASKS, weights, strict=True))}
+        worlds.append(world(seed, tasks | given))
+    return Schedule([round(share * examples) for share in MIXES], worlds)

@@ -1,4 +1,6 @@
-"""What a stage of training needs, told before anything is loaded: `train.py STAGE --dry-run`.
+"""What a stage of training needs, told before anything is loaded.
+
+    python -m lab.plan posttrain --preset 7b [--init DIR] [any flag of train.py posttrain]
 
 A Rehearsal runs the trainer's own code on tensors without numbers (PyTorch's fake tensors, which
 are meta tensors that tell a device) and counts the bytes of those that are alive. So no formula
@@ -11,6 +13,7 @@ import dataclasses
 import gc
 import io
 import math
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -25,13 +28,20 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import data
+import train
 from checkpoint import Checkpoint
-from optim import contents, dtype_name, make_optimizer, trained, update_average
 from orthus import Orthus, OrthusConfig
-from stages import GENERATION, STAGES, UNCONDITIONAL, TrainConfig, asdict, examples
+from stages import GENERATION, STAGES, UNCONDITIONAL, Settings, examples, merged
+from train import make_optimizer, trained, update_average
 from vae import VQVAE, VQVAEConfig
 
 aten = torch.ops.aten
+
+
+def places(index: Tensor | None) -> list:
+    """A mask as the indices of what it selects."""
+    is_mask = index is not None and index.dtype == torch.bool
+    return list(index.nonzero().unbind(1)) if is_mask else [index]
 
 
 class Rehearsal(TorchDispatchMode):
@@ -49,9 +59,7 @@ class Rehearsal(TorchDispatchMode):
             if operation is aten._local_scalar_dense.default:  # a number is asked for: any will do
                 return True if args[0].dtype == torch.bool else 1
             if operation is aten.index.Tensor:  # by a real mask: its shape depends on the mask
-                args = args[0], [i for index in args[1] for i in (
-                    [index] if index is None or index.dtype != torch.bool
-                    else index.nonzero().unbind(1))]  # fmt: skip
+                args = args[0], [i for index in args[1] for i in places(index)]
             if operation is aten.masked_scatter_backward.default:
                 operation, args = aten.new_empty.default, (args[0], args[2])
         out = operation(*args, **kwargs)
@@ -91,14 +99,16 @@ def total(*trees) -> int:
 def blank(name: str, preset: str, texts: list[str]) -> Checkpoint:
     """A checkpoint without numbers of a preset's sizes, as stage `name` starts from. 7B's is bf16,
     as it was released; a small tokenizer stands for its own."""
-    ancestor = {} if name == "posttrain" else {"vision_embedding": "argmin", "image_head": "tokens"}
-    model, vae = OrthusConfig.preset(preset, **ancestor), VQVAEConfig.preset(preset)
+    ancestor = dict(vision_embedding="argmin", image_head="tokens")
+    model = OrthusConfig.preset(preset, **({} if name == "posttrain" else ancestor))
+    vae = VQVAEConfig.preset(preset)
     with torch.device("meta"), checkpoint.Blank():
         parts = {"model": Orthus(model), "vae": VQVAE(vae)}
-    dtype = torch.bfloat16 if preset == "7b" else torch.float32
-    tensors = {part: {n: t.to(dtype) for n, t in module.state_dict().items()}
-               for part, module in parts.items()}  # fmt: skip
-    sections = {"model": asdict(model), "vae": asdict(vae), "generation": asdict(GENERATION)}
+    dtype, tensors = torch.bfloat16 if preset == "7b" else torch.float32, {}
+    for part, module in parts.items():
+        tensors[part] = {n: t.to(dtype) for n, t in module.state_dict().items()}
+    sections = {"model": dataclasses.asdict(model), "vae": dataclasses.asdict(vae)}
+    sections["generation"] = dict(GENERATION)
     content = data.train_tokenizer([*texts, UNCONDITIONAL], 300)
     tokenizer = types.SimpleNamespace(read_bytes=lambda: content)  # it is in no file
     return Checkpoint(Path(f"preset {preset}"), sections, tensors.get, tokenizer)
@@ -106,9 +116,9 @@ def blank(name: str, preset: str, texts: list[str]) -> Checkpoint:
 
 def without_numbers(source: Checkpoint) -> Checkpoint:
     """The same for Rehearsal.build: names, shapes and dtypes alone."""
-    parts = [part for part in ("model", "vae") if part in source.config]
-    shapes = {part: {n: (t.shape, t.dtype) for n, t in source.tensors(part).items()}
-              for part in parts}  # fmt: skip
+    shapes = {}
+    for part in {"model", "vae"} & source.config.keys():
+        shapes[part] = {n: (t.shape, t.dtype) for n, t in source.tensors(part).items()}
 
     def read(part: str) -> checkpoint.Tensors:
         return {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in shapes[part].items()}
@@ -116,74 +126,101 @@ def without_numbers(source: Checkpoint) -> Checkpoint:
     return Checkpoint(source.directory, source.config, read, source.tokenizer_path)
 
 
-def figures(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkpoint | None):
-    """Bytes of memory by kind at the fullest moment of a step, of a save and of the latents that
-    are encoded ahead; numbers of parameters; and the tensor that one part of a batch brings. The
-    step is train()'s, on tensors without numbers and the longest part of the first batch."""
-    parts, small = config.micro_batches, dataclasses.replace(config, device="cpu")
+def figures(name: str, settings: Settings, dataset, start: Checkpoint | None) -> dict:
+    """Bytes of memory by kind at the fullest moment of a step and of a save, numbers of parameters,
+    and the tensor that one part of a batch brings. The step is the trainer's, on tensors without
+    numbers and the longest part of the first batch."""
+    parts, small = (
+        getattr(settings, "micro_batches", 1),
+        dataclasses.replace(settings, device="cpu"),
+    )
     if name == "decoder":  # all its parts are alike
-        size = math.ceil(config.batch_size / parts)
+        size = math.ceil(settings.batch_size / parts)
         small = dataclasses.replace(small, batch_size=size, micro_batches=1)
+    source = start.section("vae") if start else {}
+    resolution = checkpoint.build(VQVAEConfig, source, "vae").resolution if start else 64
+    first = examples(dataset, 0, small.batch_size, resolution)  # real pictures, before rehearsing
     start = start and without_numbers(start)
-    first = examples(dataset, 0, small.batch_size)  # real pictures, so before the rehearsal
     with Rehearsal() as now:
         stage = now.build(lambda: STAGES[name](small, dataset, start, False))
         learns = list(trained(stage.model).values())
-        optimizer = make_optimizer(stage.model, small, getattr(torch, config.dtype))
+        optimizer = make_optimizer(stage.model, small)
         average = {n: p.detach().clone() for n, p in trained(stage.model).items()}
         batch = stage.batch(types.SimpleNamespace(example=first.__getitem__), 0)
-        part = max(batch, key=lambda p: p.tokens.numel() if stage.vae else 0)
+        part = batch[0]
+        if stage.vae:
+            part = max(batch, key=lambda p: p.batch.tokens.numel())
         for p in learns:  # what a step before this one left, and the part before this one
             p.grad = torch.zeros_like(p)
         optimizer.step()
         for p in learns:
             p.grad = torch.zeros_like(p) if parts > 1 else None
         now.peak = now.live
-        with torch.autocast("cpu", enabled=config.dtype == "bfloat16", dtype=torch.bfloat16):
+        with torch.autocast("cpu", enabled=settings.dtype == "bfloat16", dtype=torch.bfloat16):
             losses = stage.losses(part, 10**9, torch.Generator())
         losses["loss"].backward()
         gradients = total([p.grad for p in learns])
-        nn.utils.clip_grad_norm_(stage.model.parameters(), config.grad_clip)
+        nn.utils.clip_grad_norm_(stage.model.parameters(), settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        update_average(average, stage.model, config.ema, 0)
+        update_average(average, stage.model, settings.ema, 0)
         others = [m.state_dict() for m in (stage.vae, stage.before) if m]
-        kinds = {"weights": total(stage.model.state_dict(), *others), "gradients": gradients,
-                 "optimiser": total(optimizer.state_dict()), "average": total(average)}
+        kinds = {"weights": total(stage.model.state_dict(), *others), "gradients": gradients}
+        kinds |= {"optimiser": total(optimizer.state_dict()), "average": total(average)}
         peak, now.peak = now.peak, now.live
         kinds["activations"] = peak - sum(kinds.values())
-        save = sum(map(total, contents(stage, optimizer, average, 0)))
-    every = [p.numel() for p in stage.model.parameters()]
-    known = {"trained": sum(p.numel() for p in learns), "save": save, "cache": 0,
-             "shape": list(part.tokens.shape if stage.vae else part[0].shape)}  # fmt: skip
-    if stage.vae and (ahead := config.cache_latents or getattr(dataset, "__len__", int)()):
-        own = stage.vae.config
-        images = sum(len(p.images) for p in batch) / config.batch_size
-        known["cache"] = round(ahead * images * own.latents_per_image * own.latent_channels * 4)
-    return known | {"frozen": sum(every) - known["trained"], "memory": kinds, "peak": peak,
-                    "saving": now.peak}  # fmt: skip
+        weights = stage.model.state_dict()
+        state = total(weights, average, optimizer.state_dict(), *others)
+        save = state + total(merged(stage.model, weights | average), *others)
+    every = sum(p.numel() for p in stage.model.parameters())
+    learned = sum(p.numel() for p in learns)
+    shape = list(part.batch.tokens.shape if stage.vae else part[0].shape)
+    known = {"trained": learned, "frozen": every - learned, "save": save, "shape": shape}
+    return known | {"memory": kinds, "peak": peak, "saving": now.peak}
 
 
-def tell(name: str, config: TrainConfig, dataset: data.Dataset, start: Checkpoint | None) -> None:
+def tell(name: str, settings: Settings, dataset, start: Checkpoint | None) -> None:
     """Print what a stage will train and need."""
-    device = checkpoint.pick_device(config.device)
-    config = dataclasses.replace(config, dtype=dtype_name(config, device))
+    if settings.dtype == "auto":
+        fast = train.has_fast_bf16(checkpoint.pick_device(settings.device))
+        settings = dataclasses.replace(settings, dtype="bfloat16" if fast else "float32")
     if not start and name != "vae":
         some = [s for i in range(64) for s in dataset.example(i) if not s.is_image]
-        start = blank(name, config.preset, [s.content for s in some])
-    found = figures(name, config, dataset, start)
-    gigabytes = {kind: f"{size / 1e9:,.3f}" for kind, size in found["memory"].items()}
-    rows = {
-        "steps": f"{config.steps:,}", "examples": f"{config.steps * config.batch_size:,}",
-        "parameters, trained": f"{found['trained']:,}",
-        "parameters, frozen": f"{found['frozen']:,}",
-        **{f"memory, {kind}": f"{size} GB" for kind, size in gigabytes.items()},
-        "memory, at the peak": f"{found['peak'] / 1e9:,.3f} GB",
-        "memory, while saving": f"{found['saving'] / 1e9:,.3f} GB",  # a GPU's or ordinary
-        "disk, a save": f"{found['save'] / 1e9:,.3f} GB",
-        "disk, latents ahead": f"{found['cache'] / 1e9:,.3f} GB",
-    }  # fmt: skip
-    print(f"{name} at {config.preset}, {config.dtype}, {config.micro_batches} parts a batch, the "
-          f"longest {found['shape']}; a run holds up to 3 saves")
+        start = blank(name, settings.preset, [s.content for s in some])
+    found = figures(name, settings, dataset, start)
+    rows = {"steps": f"{settings.steps:,}"}
+    rows["examples"] = f"{settings.steps * settings.batch_size:,}"
+    rows["parameters, trained"] = f"{found['trained']:,}"
+    rows["parameters, frozen"] = f"{found['frozen']:,}"
+    sizes = {f"memory, {kind}": size for kind, size in found["memory"].items()}
+    sizes |= {"memory, at the peak": found["peak"], "memory, while saving": found["saving"]}
+    sizes["disk, a save"] = found["save"]
+    rows |= {row: f"{size / 1e9:,.3f} GB" for row, size in sizes.items()}
+    parts = getattr(settings, "micro_batches", 1)
+    print(
+        f"{name} at {settings.preset}, {settings.dtype}, {parts} parts a batch, the longest "
+        f"{found['shape']}; a run holds up to 3 saves"
+    )
     width = max(map(len, rows.values()))
     print("\n".join(f"    {row:22}{value:>{width}}" for row, value in rows.items()))
+
+
+def run(args) -> None:
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    name, resume = given.pop("stage"), given.pop("resume")
+    if name == "all":
+        raise ValueError("a plan is of one stage; give vae, decoder, chameleon, base or posttrain")
+    settings, init = train.settings_of(name, Path(given.pop("out")), given, resume)
+    start = checkpoint.open_checkpoint(init) if init else None
+    dataset = train.open_data(settings, start)[0]
+    tell(name, settings, dataset, start)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = train.parse_args([*argv, "--out", "."])
+    checkpoint.command_line(lambda: run(args))
+
+
+if __name__ == "__main__":
+    main()

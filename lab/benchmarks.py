@@ -1,42 +1,31 @@
-"""Public benchmarks: the figures that their own scorers give, or the folders that these read; and
-how fast this code is.
+"""Public benchmarks: the figures that their own scorers give, or the folders that these read.
 
-    python evaluate.py speed        fast paths beside their slow references, as ratios
-    python evaluate.py bench pope coco_pope_random.json --images val2014 --out DIR --checkpoint DIR
-    python evaluate.py bench mme Your_Results/*.txt --images MME_Benchmark_release_version --out DIR
-    python evaluate.py bench vqav2 QUESTIONS.json ANNOTATIONS.json --images val2014 --out DIR
-    python evaluate.py bench gqa testdev_balanced_questions.json --images images --out DIR
-    python evaluate.py bench mmmu */output.json --out DIR     (the responses are in these files)
-    python evaluate.py bench geneval evaluation_metadata.jsonl --out DIR
-    python evaluate.py bench hpsv2 anime.json concept-art.json paintings.json photo.json --out DIR
+    python -m lab.benchmarks pope coco_pope_random.json --images val2014 --out DIR --checkpoint DIR
+    python -m lab.benchmarks mme Your_Results/*.txt --images MME_Benchmark_release_version --out DIR
+    python -m lab.benchmarks vqav2 QUESTIONS.json ANNOTATIONS.json --images val2014 --out DIR
+    python -m lab.benchmarks gqa testdev_balanced_questions.json --images images --out DIR
+    python -m lab.benchmarks mmmu */output.json --out DIR     (the responses are in these files)
+    python -m lab.benchmarks geneval evaluation_metadata.jsonl --out DIR
+    python -m lab.benchmarks hpsv2 anime.json concept-art.json paintings.json photo.json --out DIR
 
 Figures have the units of the official scorers; a rule that looks odd is theirs. Reading order: a
-reader and a scorer for each benchmark, the model, pictures, answers, speed, command line.
+reader and a scorer for each benchmark, the model, pictures, answers, command line.
 """
 
 import argparse
-import functools
 import json
 import os
 import random
 import re
-import subprocess
-import sys
-import tempfile
-import timeit
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import checkpoint
 from checkpoint import read_json, read_lines
-from data import Segment, read_prompt, to_tensor
-from orthus import DiffusionHead, KVCache, Orthus, OrthusConfig, guide
+from data import read_prompt
 from sample import Answer, Request, generate, load
 
 Figures = dict[str, dict[str, float]]  # rows of a table
@@ -51,12 +40,21 @@ class Question:
     answer: str | None = None
 
 
+def read_list(path: Path) -> list:
+    content = checkpoint.parse_json(checkpoint.read_text(path), path)
+    if not isinstance(content, list):
+        raise ValueError(f"{path} holds {content!r:.40}; want a list; give the published file")
+    return content
+
+
 def take(item: object, where: str | Path, **kinds: type) -> list:
     """The named entries of an object, each of its type."""
     for name, kind in kinds.items():
         if not isinstance(item, dict) or not isinstance(item.get(name), kind):
-            raise ValueError(f"{where} is {item!r:.80}; want an object whose {name!r} is a "
-                             f"{kind.__name__}; give the published file")
+            raise ValueError(
+                f"{where} is {item!r:.80}; want an object whose {name!r} is a "
+                f"{kind.__name__}; give the published file"
+            )
     return [item[name] for name in kinds]
 
 
@@ -85,8 +83,10 @@ def accuracies(questions: list[Question], scores: list[float]) -> Figures:
 
 def read_pope(paths: list[Path]) -> list[Question]:
     rows = [(path.stem, *line) for path in paths for line in read_lines(path)]
-    return [Question(group, *take(item, where, image=str, text=str, label=str))
-            for group, where, item in rows]  # fmt: skip
+    return [
+        Question(group, *take(item, where, image=str, text=str, label=str))
+        for group, where, item in rows
+    ]
 
 
 def says_yes(answer: str) -> bool:
@@ -125,11 +125,16 @@ def read_mme(paths: list[Path]) -> list[Question]:
     for path in paths:
         lines = path.read_text("utf-8-sig", "replace").split("\n")
         rows = [line.split("\t") for line in lines if line.strip()]
-        bad = [row for row in rows
-               if len(row) not in (3, 4) or row[2].strip().lower() not in ("yes", "no")]
+        bad = [
+            row
+            for row in rows
+            if len(row) not in (3, 4) or row[2].strip().lower() not in ("yes", "no")
+        ]
         if bad or [row[0] for row in rows[::2]] != [row[0] for row in rows[1::2]]:
-            raise ValueError(f"{path} holds {(bad or rows)[-1]!r:.80}; want image, question, Yes "
-                             "or No with tabs between, two rows an image; give MME's Your_Results")
+            raise ValueError(
+                f"{path} holds {(bad or rows)[-1]!r:.80}; want image, question, Yes "
+                "or No with tabs between, two rows an image; give MME's Your_Results"
+            )
         for name, text, truth, *response in rows:
             name = f"{path.stem}/{name}"
             questions.append(Question(path.stem, name, text, truth.strip().lower(), *response))
@@ -171,9 +176,11 @@ why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd'v
 you'll you're you've""".split()
 # each of them with one apostrophe missing, and a slip of the official table
 CONTRACTIONS = {"somebody'd": "somebodyd"} | {
-    word[:i] + word[i + 1 :]: word for word in WITH_APOSTROPHES for i in range(len(word))
+    word[:i] + word[i + 1 :]: word
+    for word in WITH_APOSTROPHES
+    for i in range(len(word))
     if word[i] == "'"
-}  # fmt: skip
+}
 
 
 def vqa_normal(text: str) -> str:
@@ -229,9 +236,14 @@ def read_gqa(paths: list[Path]) -> list[Question]:
     questions = []
     for number, item in (pair for path in paths for pair in read_json(path).items()):
         balanced, image, text, truth, types = take(
-            item, f"question {number}", isBalanced=bool, imageId=str, question=str, answer=str,
+            item,
+            f"question {number}",
+            isBalanced=bool,
+            imageId=str,
+            question=str,
+            answer=str,
             types=dict,
-        )  # fmt: skip
+        )
         kind = "open" if types.get("structural") == "query" else "binary"
         questions += [Question(kind, f"{image}.jpg", text, truth)] * balanced
     return questions
@@ -251,15 +263,17 @@ def read_mmmu(paths: list[Path]) -> list[Question]:
     """Files output.json, responses and all: the data set itself is parquet, images included."""
     questions = []
     for path in paths:
-        for item in read_json(path, list):
+        for item in read_list(path):
             name, kind, response = take(item, path, id=str, question_type=str, response=str)
             options = take(item, path, index2ans=dict)[0] if kind == "multiple-choice" else {}
             truth = item.get("answer")
             truth = truth if isinstance(truth, list) else [truth]
             is_text = all(isinstance(text, str) for text in [*truth, *options.values()])
             if not is_text or (kind == "multiple-choice" and not options):
-                raise ValueError(f"{path}: {name} has an answer or option that is no text, or no "
-                                 "option; give the published form of output.json")
+                raise ValueError(
+                    f"{path}: {name} has an answer or option that is no text, or no "
+                    "option; give the published form of output.json"
+                )
             subject = "_".join(name.split("_")[1:-1])  # of "validation_Art_Theory_3"
             questions.append(Question(subject, "", "", (truth, options), response))
     return questions
@@ -318,8 +332,10 @@ def mmmu_right(response: str, truth: list[str], options: dict, rng: random.Rando
         return choose(response, options, rng) in truth
     wanted = [normal for text in truth for normal in mmmu_normal(text)]
     texts = [normal for normal in wanted if isinstance(normal, str)]
-    return any(said in wanted if isinstance(said, float) else any(text in said for text in texts)
-               for said in open_answers(response))  # fmt: skip
+    return any(
+        said in wanted if isinstance(said, float) else any(text in said for text in texts)
+        for said in open_answers(response)
+    )
 
 
 def score_mmmu(questions: list[Question]) -> Figures:
@@ -362,7 +378,7 @@ def hpsv2_layout(paths: list[Path]) -> tuple[dict[str, str], dict[str, str]]:
     whatever else lies in the folder for a style: nothing else may be written there."""
     pictures = {}
     for path in paths:
-        prompts = read_json(path, list)
+        prompts = read_list(path)
         if path.name not in HPSV2_STYLES or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"{path} is not a style's list of prompts; give {HPSV2_STYLES}")
         pictures |= {f"{path.stem}/{n:05}.jpg": prompt for n, prompt in enumerate(prompts)}
@@ -375,16 +391,21 @@ def draw(pictures: dict[str, str], files: dict[str, str], args) -> None:
     made = {"checkpoint": args.checkpoint, "seed": args.seed, "prompts": pictures}
     path = args.out.with_name(args.out.name + ".json")
     if path.exists() and read_json(path) != made:
-        raise ValueError(f"{args.out} is of another checkpoint, seed or prompts, as {path} says; "
-                         "give another --out")
+        raise ValueError(
+            f"{args.out} is of another checkpoint, seed or prompts, as {path} says; "
+            "give another --out"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(path, made)
     for name in (*pictures, *files):
         (args.out / name).parent.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (args.out / name).write_text(text)
-    todo = {name: (prompt, [], args.seed + n) for n, (name, prompt) in enumerate(pictures.items())
-            if not (args.out / name).exists()}  # fmt: skip
+    todo = {
+        name: (prompt, [], args.seed + n)
+        for n, (name, prompt) in enumerate(pictures.items())
+        if not (args.out / name).exists()
+    }
     answers = ask(list(todo.values()), args, min_images=1, max_images=1)
     for name, answer in zip(todo, answers, strict=True):
         with checkpoint.whole_file(args.out / name) as file:
@@ -406,8 +427,14 @@ def find_image(folder: Path, name: str) -> Path:
 def answer(questions: list[Question], args) -> None:
     """Ask the model what out/answers.jsonl does not answer yet, and append it there."""
     images = [find_image(args.images, q.image) for q in questions]  # before anything slow
-    lines = [{"image": q.image, "question": f"{q.text} {args.suffix}".strip(),
-              "checkpoint": args.checkpoint} for q in questions]  # fmt: skip
+    lines = [
+        {
+            "image": q.image,
+            "question": f"{q.text} {args.suffix}".strip(),
+            "checkpoint": args.checkpoint,
+        }
+        for q in questions
+    ]
     path = args.out / "answers.jsonl"
     text = checkpoint.read_text(path) if path.exists() else ""
     whole, cut = text[: text.rfind("\n") + 1], text[text.rfind("\n") + 1 :]
@@ -415,8 +442,10 @@ def answer(questions: list[Question], args) -> None:
     for line, old in zip(lines, done, strict=False):
         (line["answer"],) = take(old, path, answer=str)
         if old != line:
-            raise ValueError(f"{path} answers {old!r:.200}, not {line['question']!r} for "
-                             f"{args.checkpoint}; give another --out")
+            raise ValueError(
+                f"{path} answers {old!r:.200}, not {line['question']!r} for "
+                f"{args.checkpoint}; give another --out"
+            )
     todo = lines[len(done) :]
     if cut:  # a line of ours that an interruption cut short goes
         own = json.dumps(todo[0])[:-1] if todo else ""
@@ -439,115 +468,11 @@ def take_answers(questions: list[Question], path: Path) -> None:
     """A jsonl file of objects with "answer", one for each question, in order."""
     lines = read_lines(path)
     if len(lines) != len(questions):
-        raise ValueError(f"{path} has {len(lines)} answers to {len(questions)} questions; give one "
-                         "line for each")
+        raise ValueError(
+            f"{path} has {len(lines)} answers to {len(questions)} questions; give one line for each"
+        )
     for question, (where, item) in zip(questions, lines, strict=True):
         (question.answer,) = take(item, where, answer=str)
-
-
-# --- Speed ---------------------------------------------------------------------------------------
-
-
-def naive_sample(head: DiffusionHead, hidden: Tensor, weights, steps: int, noise: Tensor) -> Tensor:
-    """DiffusionHead.sample for one latent without its shortcut: the whole head in every step."""
-    x, contexts = noise, hidden[0]  # (1, C), (G, D)
-    for t, a, b in head.schedule.ddim(steps):
-        times = torch.full((len(contexts),), t, device=x.device)
-        output = head(x.expand(len(contexts), -1), times, contexts)  # (G, C)
-        x = a * x + b * guide(output[None], weights)
-    return x / head.latent_scale
-
-
-def reread(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
-    """Hidden states (L, D) of an image after tokens (1, T), all read again for each latent."""
-    mark = torch.full_like(tokens[:, :1], model.config.image_id)
-    rows = (torch.cat([tokens, mark.expand(1, n + 1)], 1) for n in range(len(latents)))
-    return torch.stack([model(row, latents[: n + 1])[0, -1] for n, row in enumerate(rows)])
-
-
-def read_once(model: Orthus, tokens: Tensor, latents: Tensor) -> Tensor:
-    """The same with a cache, as sampling does it."""
-    weight, length = model.norm.weight, tokens.shape[1] + len(latents)
-    cache = KVCache(model.config, 1, length, weight.device, weight.dtype)
-    model(tokens, latents[:0], cache)
-    embedded = model.vision_embedding(latents).to(weight.dtype)  # (L, D)
-    return torch.cat([model.step(x[None], cache) for x in embedded])
-
-
-class Operators(TorchDispatchMode):
-    """Counts dispatched operators that are not views."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
-
-
-def operators(device: torch.device | str = "cpu") -> tuple[int, int]:
-    """Of one latent: 100 guided DDIM steps of the head, and a step of 8 layers."""
-    model = Orthus(OrthusConfig.preset("tiny", num_hidden_layers=8)).to(device)
-    width, channels = model.config.hidden_size, model.config.latent_channels
-    cache, x = KVCache(model.config, 2, 20, device), torch.randn(2, width, device=device)
-    hidden, noise = model.step(x, cache), torch.randn(1, channels, device=device)
-    weights, prepared = hidden.new_tensor((3.0, -2.0)), model.image_head.prepare(100)
-    with Operators() as head:
-        model.image_head.sample(hidden[None], weights, 100, noise, prepared=prepared)
-    with Operators() as backbone:
-        model.step(x, cache)
-    return head.count, backbone.count
-
-
-def seconds(run: Callable) -> float:
-    return timeit.timeit(run, number=1)
-
-
-@torch.inference_mode()
-def speed(args: argparse.Namespace) -> None:
-    """Print each fast path's ratio to its slow reference, taken in turns, and their difference."""
-    pipeline = load(args.checkpoint, checkpoint.pick_device(args.device))
-    model, config, head = pipeline.model, pipeline.model.config, pipeline.model.image_head
-    if not isinstance(head, DiffusionHead):
-        raise ValueError(f"{args.checkpoint} has no diffusion head to measure; give an Orthus")
-    weight, rng = head.input_proj.weight, torch.Generator().manual_seed(0)
-    length, channels = config.latents_per_image, config.latent_channels
-    hidden = torch.randn(1, 2, config.hidden_size, generator=rng).to(weight)
-    latents = torch.randn(length, channels, generator=rng).to(weight.device)
-    tokens = torch.tensor([[config.bos_id, config.sep_id, config.boi_id]], device=weight.device)
-    requests = [Request([Segment("a red circle")], seed) for seed in range(16)]
-
-    def pictures(batch_size: int) -> Tensor:
-        answers = generate(pipeline, requests, batch_size=batch_size, progress=False)
-        size = pipeline.vae.config.resolution
-        return torch.stack([to_tensor(a.images[0], size) for a in answers])
-
-    rows = {
-        "100 DDIM steps, modulations ahead of the loop": (
-            lambda: naive_sample(head, hidden, (3.0, -2.0), 100, latents[:1]),
-            lambda: head.sample(hidden, (3.0, -2.0), 100, latents[:1]),
-        ),
-        f"{length} latents with the cache": (
-            lambda: reread(model, tokens, latents), lambda: read_once(model, tokens, latents),
-        ),
-        "16 pictures, 4 in a batch": (lambda: pictures(1), lambda: pictures(4)),
-        "16 pictures, 16 in a batch": (lambda: pictures(1), lambda: pictures(16)),
-    }  # fmt: skip
-    print(f"{'':48}{'slow s':>9}{'fast s':>9}{'ratio':>8}{'difference':>12}")
-    for name, pair in rows.items():
-        slow, fast = (lambda f=f: f().cpu() for f in pair)  # .cpu() waits for an accelerator
-        times = [(seconds(slow), seconds(fast)) for _ in range(args.rounds)]
-        a, b = map(min, zip(*times, strict=True))
-        gap = (slow() - fast()).abs().max().item()
-        print(f"{name:48}{a:9.4f}{b:9.4f}{a / b:8.2f}{gap:12.1e}")
-    with tempfile.TemporaryDirectory() as folder:
-        draw_one = [Path(__file__).with_name("sample.py"), "--prompt", "a red circle",
-                    "--checkpoint", args.checkpoint, "--output", folder]  # fmt: skip
-        start = functools.partial(subprocess.run, check=True, capture_output=True)
-        times = [[seconds(lambda c=c: start([sys.executable, *c]))
-                  for c in (["-c", "import torch"], draw_one)] for _ in range(args.rounds)]
-    a, b = map(min, zip(*times, strict=True))
-    print(f"{'import torch, and process start to a picture':48}{a:9.4f}{b:9.4f}{b / a:8.2f}")
-    print(f"{'operators of a latent: head, 8 layers':48}{'{:9}{:9}'.format(*operators())}")
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -562,26 +487,51 @@ SCORED = {
 DRAWN = {"geneval": geneval_layout, "hpsv2": hpsv2_layout}
 
 
-def add_parser(commands) -> argparse.ArgumentParser:
-    """The command "bench", but for its --checkpoint and --device."""
-    parser = commands.add_parser("bench", description=__doc__,
-        help="public benchmarks, as their own scorers have it",
-        formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    raw, tiny = argparse.RawDescriptionHelpFormatter, "checkpoints/tiny"
+    parser = checkpoint.Parser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("name", choices=[*SCORED, *DRAWN])
     add("files", nargs="+", type=Path, metavar="FILE", help="the benchmark's own files")
     add("--images", type=Path, default=Path(), metavar="DIR", help="where its images are")
-    add("--out", type=Path, required=True, metavar="DIR", help="answers and figures, or pictures, "
-        "go here; what is there already is kept, so that an interrupted run goes on")
-    add("--answers", type=Path, metavar="FILE", help='score these, without a model: a jsonl file '
-        'of {"answer": ...} in the order of the questions')
-    add("--suffix", default="", metavar="TEXT", help='goes behind every question, as "Answer the '
-        'question using a single word or phrase."')
-    add("--seed", type=checkpoint.number(int, 0, 2**31), default=0, metavar="N", help="of the "
-        "first picture, the others follow (default: 0)")
-    add("--batch-size", type=checkpoint.number(int, 1, 4096), default=16, metavar="N",
-        help="answered or drawn at a time (default: 16)")
-    return parser
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="answers and figures, or pictures, "
+        "go here; what is there already is kept, so that an interrupted run goes on",
+    )
+    add(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="score these, without a model: a jsonl file "
+        'of {"answer": ...} in the order of the questions',
+    )
+    add(
+        "--suffix",
+        default="",
+        metavar="TEXT",
+        help='goes behind every question, as "Answer the question using a single word or phrase."',
+    )
+    add(
+        "--seed",
+        type=checkpoint.number(int, 0, 2**31),
+        default=0,
+        metavar="N",
+        help="of the first picture, the others follow (default: 0)",
+    )
+    add(
+        "--batch-size",
+        type=checkpoint.number(int, 1, 4096),
+        default=16,
+        metavar="N",
+        help="answered or drawn at a time (default: 16)",
+    )
+    add("--checkpoint", default=tiny, metavar="DIR", help="the model (default: tiny)")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -605,3 +555,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:24}" + "".join(f"  {measure} {value:.6g}" for measure, value in row.items()))
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(args.out / "figures.json", figures)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    checkpoint.command_line(lambda: run(args), f"interrupted; {args.out} keeps what is there")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,12 @@
 """Evaluation: how good a model of a Shapes world is.
 
-    python evaluate.py shapes       every task of its world on held-out examples, by kind, and the
-                                    autoencoder, which bounds all
-    python evaluate.py speed        fast paths beside their slow references, see benchmarks.py
-    python evaluate.py bench        public benchmarks, see benchmarks.py
+    python -m lab.evaluate [CHECKPOINT] [--prompts 500] [--json FILE] [--samples DIR]
 
-Pictures are judged as GenEval does it: a detector reads the picture, and what it found is compared
-with what was asked. The detector knows nothing of what was drawn, it only looks at pixels.
-Reading order: detector, judges, autoencoder, the tasks, report, command line.
+answers held-out examples of every task of the checkpoint's world, by kind, and measures the
+autoencoder, which bounds all. Pictures are judged as GenEval does it: a detector reads the picture,
+and what it found is compared with what was asked. The detector knows nothing of what was drawn, it
+only looks at pixels. Reading order: detector, what is right, autoencoder, tasks and their judges,
+tables and sheets, the command line.
 """
 
 import argparse
@@ -15,27 +14,27 @@ import functools
 import math
 import random
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import checkpoint  # first: it answers Ctrl-C while PyTorch is imported
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-import benchmarks
-import shapes
-from data import Segment, sheet, to_image, to_tensor
-from sample import Answer, Options, Pipeline, Request, generate, load
-from shapes import Example, Shapes, ShapesConfig, Thing
+import checkpoint
+from checkpoint import Generation
+from data import Segment, on_white, open_source, to_image, to_tensor
+from lab import mixture, shapes
+from lab.shapes import CANVAS, Example, Scene, Shapes, ShapesConfig, Thing
+from sample import Answer, Pipeline, Request, generate, load
 from vae import VQVAE
 
-# --- The detector --------------------------------------------------------------------------------
+# --- The detector ---
 
 PALETTE = np.array(list(shapes.COLOURS.values()), float) - shapes.BACKGROUND  # (colours, 3)
 LENGTHS = np.linalg.norm(PALETTE, axis=1)
@@ -52,9 +51,9 @@ def dilate(mask: np.ndarray) -> np.ndarray:
 
 def flood(seed: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The connected parts of mask (H, W) that seed (H, W) touches."""
-    reached = seed & mask
-    while (more := dilate(reached) & mask).sum() > reached.sum():
-        reached = more
+    reached, more = np.zeros_like(mask), seed & mask
+    while more.sum() > reached.sum():
+        reached, more = more, dilate(more) & mask
     return reached
 
 
@@ -87,10 +86,10 @@ def templates() -> tuple[np.ndarray, tuple[str, ...], tuple[float, ...]]:
 
 def full_size(image: Image.Image) -> Image.Image:
     """A picture of the Shapes world in its own size, whatever a model's is."""
-    return image.resize((shapes.CANVAS, shapes.CANVAS), Image.Resampling.BICUBIC)
+    return image.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
 
 
-def detect(image: Image.Image) -> list[Thing]:
+def detect(image: Image.Image) -> Scene:
     """Read a picture, brought to 64 x 64: shape, colour, x, y, r of every object in it.
 
     A pixel is a mixture of the background and a colour: the palette's direction nearest to its
@@ -101,7 +100,7 @@ def detect(image: Image.Image) -> list[Thing]:
     along = pixels @ (PALETTE / LENGTHS[:, None]).T  # (H, W, colours)
     colour = along.argmax(-1)
     coverage = (along.max(-1) / LENGTHS[colour]).clip(0, 1)
-    border = np.pad(np.zeros((shapes.CANVAS - 2,) * 2, bool), 1, constant_values=True)
+    border = np.pad(np.zeros((CANVAS - 2,) * 2, bool), 1, constant_values=True)
     todo, found = ~flood(border, coverage < 0.5), []  # what the outside does not reach
     while todo.any():
         first = np.arange(todo.size).reshape(todo.shape) == todo.argmax()
@@ -125,7 +124,7 @@ def recognise(coverage: np.ndarray, colour: str) -> Thing:
     return Thing(shape, colour, x, y, math.sqrt(area / areas[best]))
 
 
-def reads(things: list[Thing], seen: list[Thing], within: float = 3.0) -> bool:
+def reads(things: Scene, seen: Scene, within: float = 3.0) -> bool:
     """Whether `seen` is the whole scene and nothing else, each thing within so many pixels."""
     if len(things) != len(seen):
         return False
@@ -138,10 +137,10 @@ def reads(things: list[Thing], seen: list[Thing], within: float = 3.0) -> bool:
     return True
 
 
-# --- The judges ----------------------------------------------------------------------------------
+# --- What is right ---
 
 
-def judge(example: Example, seen: list[Thing]) -> bool:
+def shows(example: Example, seen: Scene) -> bool:
     """Whether a picture with the things `seen` is what the example asks for.
 
     A caption's must hold its things and no others; colours count where the caption names them.
@@ -151,13 +150,13 @@ def judge(example: Example, seen: list[Thing]) -> bool:
         is_add = example.kind == "add"
         return bool(added(example, seen)) if is_add else reads(example.things, seen)
     colourless = example.kind in ("one object", "two objects")
-    names = [sorted(t.shape if colourless else t.name for t in ts) for ts in (example.things, seen)]
-    if names[0] != names[1]:
+    names = lambda things: sorted(t.shape if colourless else t.name for t in things)
+    if names(example.things) != names(seen):
         return False
     return example.kind != "position" or stands_as_said(example.segments[0].content, seen)
 
 
-def stands_as_said(caption: str, seen: list[Thing]) -> bool:
+def stands_as_said(caption: str, seen: Scene) -> bool:
     """Whether "a red circle left of a blue square" is true of these two things.
 
     The offset that way may be a little smaller than the other one: on the diagonal both are true.
@@ -169,27 +168,29 @@ def stands_as_said(caption: str, seen: list[Thing]) -> bool:
     return x * dx + y * dy > 0.8 * abs(y * dx + x * dy)
 
 
-def added(example: Example, seen: list[Thing]) -> list[Thing]:
+def added(example: Example, seen: Scene) -> Scene:
     """The thing that an "add" edit added, if it is there and all others are where they were."""
-    name, before = example.things[-1].name, example.before
-    rests = ((thing, seen[:i] + seen[i + 1 :]) for i, thing in enumerate(seen))
-    return [thing for thing, rest in rests if thing.name == name and reads(before, rest)][:1]
+    for i, thing in enumerate(seen):
+        others = seen[:i] + seen[i + 1 :]
+        if thing.name == example.things[-1].name and reads(example.before, others):
+            return [thing]
+    return []
 
 
-def kept(example: Example, image: Image.Image, seen: list[Thing]) -> float:
+def kept(example: Example, image: Image.Image, seen: Scene) -> float:
     """PSNR in decibels of everything outside the edited thing; of everything where an added one is
     not found."""
-    gone = [t for t in example.before if t not in example.things]
-    rows, columns = np.indices((shapes.CANVAS, shapes.CANVAS)) + 0.5
-    outside = np.ones((shapes.CANVAS, shapes.CANVAS), bool)
-    for t in added(example, seen) if example.kind == "add" else gone:
+    edited = [t for t in example.before if t not in example.things]
+    rows, columns = np.indices((CANVAS, CANVAS)) + 0.5
+    outside = np.ones((CANVAS, CANVAS), bool)
+    for t in added(example, seen) if example.kind == "add" else edited:
         outside &= np.hypot(columns - t.x, rows - t.y) > t.reach + 2
     truth = np.asarray(shapes.render(example.before), float)
     error = np.asarray(full_size(image), float) - truth
     return -10 * math.log10(max(1e-6, np.square(error[outside] / 255).mean()))
 
 
-def judge_frame(sentence: str, before: list[Thing], after: list[Thing]) -> bool:
+def is_told(sentence: str, before: Scene, after: Scene) -> bool:
     """Whether a story's frame shows what its sentence says, and nothing else changed."""
     match = re.fullmatch(rf"The (\w+ \w+) moves ({'|'.join(shapes.MOVES)})\.", sentence.strip())
     if not match or match[1] not in [t.name for t in before]:
@@ -199,7 +200,7 @@ def judge_frame(sentence: str, before: list[Thing], after: list[Thing]) -> bool:
     return reads(moved, after, within=4.0)
 
 
-# --- The autoencoder -----------------------------------------------------------------------------
+# --- The autoencoder ---
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     return (luminance * contrast).view(*images.shape[:2], -1).mean((1, 2))
 
 
-def legible(things: list[Thing], image: Image.Image) -> list[bool]:
+def legible(things: Scene, image: Image.Image) -> list[bool]:
     """For each digit of a scene whether, of the ten that could stand there, a picture of the scene
     shows the right one best."""
     pixels, right = np.asarray(full_size(image), float), []
@@ -241,29 +242,32 @@ def autoencoder_report(vae: VQVAE, world: Shapes, seed: int, scenes: int) -> dic
     """PSNR, SSIM, the share of scenes still readable and of digits still legible, after the codes
     and without them."""
     weight = next(vae.parameters())
-    names = "psnr", "ssim", "readable", "digits"
-    rows = {kind: {name: [] for name in names} for kind in ("quantised", "continuous")}
+    rows = {"quantised": {}, "continuous": {}}
     for first in tqdm(range(0, scenes, 50), "autoencoder", unit="batch"):
-        rngs = [random.Random(f"evaluate scene {seed} {first + i}") for i in range(50)]
-        drawn = [world.random_scene(rng) for rng in rngs[: scenes - first]]
+        numbers = range(first, min(first + 50, scenes))
+        rngs = [random.Random(f"evaluate scene {seed} {i}") for i in numbers]
+        drawn = [world.random_scene(rng) for rng in rngs]
         images = [to_tensor(shapes.render(things), vae.config.resolution) for things in drawn]
         images = torch.stack(images).to(weight.device)
-        latents = vae.encode(images.to(weight.dtype))
-        for kind, z in ("quantised", vae.lookup(vae.quantize(latents))), ("continuous", latents):
-            decoded, row = vae.decode(z).float().clamp(-1, 1), rows[kind]
-            row["psnr"] += psnr((decoded + 1) / 2, (images + 1) / 2).tolist()
-            row["ssim"] += ssim((decoded + 1) / 2, (images + 1) / 2).tolist()
-            for things, picture in zip(drawn, map(to_image, decoded), strict=True):
-                row["readable"].append(reads(things, detect(picture)))
-                row["digits"] += legible(things, picture)
-    return {kind: {name: float(np.mean(values or [math.nan])) for name, values in row.items()}
-            for kind, row in rows.items()}
+        continuous = vae.encode(images.to(weight.dtype))
+        quantised = vae.lookup(vae.quantize(continuous))
+        for row, latents in zip(rows.values(), (quantised, continuous), strict=True):
+            decoded = vae.decode(latents).float().clamp(-1, 1)
+            pictures = list(zip(drawn, map(to_image, decoded), strict=True))
+            both = (decoded + 1) / 2, (images + 1) / 2
+            add = lambda name, values: row.setdefault(name, []).extend(values)
+            add("psnr", psnr(*both).tolist())
+            add("ssim", ssim(*both).tolist())
+            add("readable", [reads(things, detect(picture)) for things, picture in pictures])
+            add("digits", [v for things, picture in pictures for v in legible(things, picture)])
+    mean = lambda values: float(np.mean(values or [math.nan]))  # a world may have no digits
+    return {kind: {name: mean(row[name]) for name in row} for kind, row in rows.items()}
 
 
-# --- The tasks -----------------------------------------------------------------------------------
+# --- The tasks ---
 
 UNSEEN = "unseen combinations"  # a row of the table
-BLACK = Image.new("RGB", (shapes.CANVAS, shapes.CANVAS))  # in place of a picture that is missing
+BLACK = Image.new("RGB", (CANVAS, CANVAS))  # in place of a picture that is missing
 
 
 @dataclass
@@ -279,34 +283,37 @@ class Verdict:
     kept: float | None = None  # PSNR of what an edit should not have touched
 
 
-def held_out(config: ShapesConfig, task: str, seed: int, count: int, name: str) -> list[Example]:
+def held_out(config: ShapesConfig, name: str, seed: int, count: int) -> list[Example]:
     """Held-out examples of a task, its kinds in turn. After captions come as many again of a sixth
     of them that name a combination which training never shows."""
-    kinds = [kind for kind, weight in config.kinds(task).items() if weight] or [task]
-    make = getattr(Shapes(0, config), task)
-    rngs = [random.Random(f"evaluate {name} {seed} {i}") for i in range(count)]
-    examples = [make(rng, kinds[i % len(kinds)]) for i, rng in enumerate(rngs)]
+    world, stream = Shapes(0, config), TASKS[name].examples
+    kinds = [kind for kind, weight in config.kinds(name).items() if weight] or [name]
+    examples = []
+    for i in range(count):
+        rng = random.Random(f"evaluate {stream} {seed} {i}")
+        examples.append(world.make(name, kinds[i % len(kinds)], rng))
     pairs = {(colour, shape) for colour in config.colours for shape in config.shapes}
-    named = [kind for kind in list(shapes.CAPTIONS)[2:] if kind in kinds]  # they name colours
-    if task == "text_to_image" and named and pairs & shapes.UNSEEN:
-        make = Shapes(0, config, allow_unseen=True).text_to_image
+    named = [kind for kind in shapes.CAPTIONS[2:] if kind in kinds]  # they name colours
+    if name == "text_to_image" and named and pairs & shapes.UNSEEN:
+        world = Shapes(0, config, allow_unseen=True)
         for i in range(math.ceil(count / 6)):
             rng = random.Random(f"evaluate unseen {seed} {i}")
-            while not (example := make(rng, named[i % len(named)])).unseen:
-                pass
+            example = world.make(name, named[i % len(named)], rng)
+            while not example.unseen:
+                example = world.make(name, named[i % len(named)], rng)
             examples.append(example)
     return examples
 
 
-def labelled(text: str, seen: list[Thing], right: bool) -> str:
+def labelled(text: str, seen: Scene, right: bool) -> str:
     return text if right else f"{text}\nsaw " + (", ".join(t.name for t in seen) or "nothing")
 
 
-def drawn(example: Example, answer: Answer) -> list[Verdict]:
+def judge_picture(example: Example, answer: Answer) -> list[Verdict]:
     """A picture of a caption; an edited scene, told in words or by an example pair."""
     image = answer.images[0] if answer.images else BLACK
     seen = detect(image)
-    right = bool(answer.images) and judge(example, seen)
+    right = bool(answer.images) and shows(example, seen)
     given = [s.content for s in example.segments[:-1]]
     text = given.pop() if isinstance(given[-1], str) else ""
     row, label = UNSEEN if example.unseen else example.kind, labelled(text, seen, right)
@@ -314,7 +321,7 @@ def drawn(example: Example, answer: Answer) -> list[Verdict]:
     return [Verdict(row, [*given, image], label, right, kept=elsewhere)]
 
 
-def said(example: Example, answer: Answer) -> list[Verdict]:
+def judge_answer(example: Example, answer: Answer) -> list[Verdict]:
     """An answer in words: right if it is the expected one to the letter."""
     *images, question, expected = (s.content for s in example.segments)
     text = answer.text.strip()
@@ -322,7 +329,7 @@ def said(example: Example, answer: Answer) -> list[Verdict]:
     return [Verdict(example.kind, images, label, text == expected, text, expected)]
 
 
-def told(example: Example, answer: Answer) -> list[Verdict]:
+def judge_story(example: Example, answer: Answer) -> list[Verdict]:
     """A story's frames: whether each is true of its sentence, and whether the actors are still the
     same. A frame that is missing is neither; more are not looked at."""
     before, sentence, verdicts = example.before, "", []
@@ -332,7 +339,7 @@ def told(example: Example, answer: Answer) -> list[Verdict]:
             sentence = segment.content
             continue
         seen = detect(segment.content)
-        right, same = judge_frame(sentence, before, seen), sorted(t.name for t in seen) == actors
+        right, same = is_told(sentence, before, seen), sorted(t.name for t in seen) == actors
         images, label = [segment.content], labelled(sentence.strip(), seen, right)
         verdicts.append(Verdict("frame is as its sentence", images, label, right))
         verdicts.append(Verdict("actors stay the same", images, label, same))
@@ -342,39 +349,43 @@ def told(example: Example, answer: Answer) -> list[Verdict]:
 
 @dataclass(frozen=True)
 class Task:
-    """A table of the report: how its examples are made, and who judges the answers."""
+    """A table of the report. The names of random streams stay, so that figures of equal seeds can
+    be compared."""
 
-    method: str  # of Shapes
-    stream: str  # names the examples' random stream
-    noise: str  # and that of the answers
-    count: str  # in COUNTS
-    verdicts: Callable[[Example, Answer], list[Verdict]]
-    share: float = 1.0  # of that count
+    title: str
+    flag: str  # says how many examples
+    judge: Callable[[Example, Answer], list[Verdict]]
+    examples: str  # random stream of the examples
+    noise: str  # and of the answers
+    share: float = 1.0  # of the flag's number
 
 
 TASKS = {
-    "text to image": Task("text_to_image", "caption", "captions", "prompts", drawn),
-    "understanding": Task("understanding", "question", "questions", "questions", said),
-    "differences": Task("difference", "difference", "differences", "questions", said, 0.3),
-    "editing": Task("editing", "edit", "editing", "edits", drawn),
-    "in-context editing": Task("in_context", "in context", "in_context", "in_context", drawn),
-    "stories": Task("story", "story", "story", "stories", told),
+    "text_to_image": Task("text to image", "prompts", judge_picture, "caption", "captions"),
+    "understanding": Task("understanding", "questions", judge_answer, "question", "questions"),
+    "difference": Task("differences", "questions", judge_answer, "difference", "differences", 0.3),
+    "editing": Task("editing", "edits", judge_picture, "edit", "editing"),
+    "in_context": Task(
+        "in-context editing", "in_context", judge_picture, "in context", "in_context"
+    ),
+    "story": Task("stories", "stories", judge_story, "story", "story"),
 }
 
 
-def run_task(pipeline: Pipeline, examples: list[Example], task: Task, seed: int,
-             **options) -> list[Verdict]:
-    """Answer the examples' prompts, each with noise of its own, and judge the answers."""
-    seeds = [random.Random(f"{task.noise} {seed} {i}") for i in range(len(examples))]
-    noise = [s.getrandbits(62) % 2**32 for s in seeds]
-    requests = [Request(e.prompt, s) for e, s in zip(examples, noise, strict=True)]
-    if task.verdicts is said:  # guidance is for images
-        options |= {"cfg_scale": 1, "cfg_image": 1}
-    answers = generate(pipeline, requests, **options)
-    return [v for pair in zip(examples, answers, strict=True) for v in task.verdicts(*pair)]
+def run_task(pipeline: Pipeline, name: str, examples: list[Example], seed: int, **settings):
+    """Answer the examples' prompts, each with noise of its own -> what the judge says of each."""
+    task, requests = TASKS[name], []
+    for i, example in enumerate(examples):
+        rng = random.Random(f"{task.noise} {seed} {i}")
+        requests.append(Request(example.prompt, rng.getrandbits(62) % 2**32))
+    if task.judge is judge_answer:  # guidance is for images
+        settings |= {"cfg_scale": 1, "cfg_image": 1}
+    answers = generate(pipeline, requests, **settings)
+    pairs = zip(examples, answers, strict=True)
+    return [verdict for example, answer in pairs for verdict in task.judge(example, answer)]
 
 
-# --- Report --------------------------------------------------------------------------------------
+# --- Tables and sheets ---
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
@@ -394,13 +405,16 @@ def rate(rights: list[bool]) -> dict:
 def tally(verdicts: list[Verdict]) -> dict[str, dict]:
     """Rows of a table: right, total, rate, interval by row; "all" leaves UNSEEN out, and reading
     digits, which asks for detail rather than understanding, is left out of a row of its own."""
-    names = list(dict.fromkeys(v.row for v in verdicts if v.row != UNSEEN))
-    rows = {name: [v.right for v in verdicts if v.row == name] for name in [*names, UNSEEN]}
-    unseen = rows.pop(UNSEEN)
-    if "digit" in rows:
-        rows["all but digit"] = [v.right for v in verdicts if v.row not in ("digit", UNSEEN)]
-    rows["all"] = [v.right for v in verdicts if v.row != UNSEEN]
-    rows |= {UNSEEN: unseen} if unseen else {}
+    rows = {}
+    for v in verdicts:
+        rows.setdefault(v.row, []).append(v.right)
+    unseen, kinds = rows.pop(UNSEEN, []), list(rows)
+    all_of = lambda names: [right for name in names for right in rows[name]]
+    if "digit" in kinds:
+        rows["all but digit"] = all_of(kind for kind in kinds if kind != "digit")
+    rows["all"] = all_of(kinds)
+    if unseen:
+        rows[UNSEEN] = unseen
     return {name: rate(row) for name, row in rows.items()}
 
 
@@ -416,7 +430,8 @@ def pope(verdicts: list[Verdict]) -> dict[str, dict]:
 
 
 def tables(results: dict) -> dict[str, dict]:
-    return {name: rows for name, rows in results.items() if name in TASKS or name == "pope"}
+    titles = [*(task.title for task in TASKS.values()), "pope"]
+    return {title: rows for title, rows in results.items() if title in titles}
 
 
 def show(results: dict) -> str:
@@ -449,74 +464,135 @@ def over_seeds(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+Cell = tuple[Path | Image.Image, str, object]  # an image, the text below it, the colour of that
+
+
+def sheet(rows: list[list[Cell]], size: tuple[int, int]) -> Image.Image:
+    """Rows of images, each brought to one size (width, height), with its text below."""
+    font, gap, (width, height) = ImageFont.load_default(size=12), 8, size
+
+    def wrap(text: str) -> str:
+        parts = [textwrap.fill(line, max(8, width // 6)) for line in text.split("\n")]
+        return "\n".join("\n".join(parts).split("\n")[:5])
+
+    below = 2 * gap + 15 * max(wrap(text).count("\n") for row in rows for _, text, _ in row)
+    right, down = width + gap, height + below + gap
+    page = Image.new("RGB", (max(map(len, rows)) * right + gap, len(rows) * down + gap), "white")
+    pen = ImageDraw.Draw(page)
+    for y, row in enumerate(rows):
+        for x, (image, text, ink) in enumerate(row):
+            left, top = gap + x * right, gap + y * down
+            fitted = ImageOps.contain(on_white(image), size, Image.Resampling.BICUBIC)
+            page.paste(fitted, (left, top))
+            pen.multiline_text((left, top + height + 2), wrap(text), ink, font, spacing=2)
+    return page
+
+
 def contact_sheet(verdicts: list[Verdict]) -> Image.Image:
     """The first pictures, enlarged, each with its label: green if right, red if wrong."""
-    inks, each = {True: (20, 120, 50), False: (200, 30, 30)}, 12 // len(verdicts[0].images)
-    rows = [verdicts[i : i + each] for i in range(0, min(len(verdicts), 8 * each), each)]
-    cells = [[(image, "" if i else v.label, inks[v.right])
-              for v in row for i, image in enumerate(v.images)] for row in rows]  # fmt: skip
-    return sheet(cells, (3 * shapes.CANVAS, 3 * shapes.CANVAS))
+    each, rows = 12 // len(verdicts[0].images), []
+    for first in range(0, min(len(verdicts), 8 * each), each):
+        row = []
+        for v in verdicts[first : first + each]:
+            ink = (20, 120, 50) if v.right else (200, 30, 30)
+            row.append((v.images[0], v.label, ink))
+            row += [(image, "", ink) for image in v.images[1:]]
+        rows.append(row)
+    return sheet(rows, (3 * CANVAS, 3 * CANVAS))
 
+
+# --- The whole, and its command line ---
 
 COUNTS = {"prompts": 500, "questions": 500, "edits": 300, "in_context": 300, "stories": 100}
+SETTINGS = "steps", "cfg_scale", "cfg_image", "noise_scale"
 
 
-def evaluate_shapes(directory: str | Path, seed: int = 1000, counts: dict[str, int] = COUNTS,
-                    samples: Path | None = None, device="cpu", scenes: int = 500, **options):
-    """Everything that `evaluate.py shapes` reports, as JSON has it: of the tasks and kinds that the
-    checkpoint's world has. scenes: held-out ones for the autoencoder."""
+def world_of(source: checkpoint.Checkpoint) -> ShapesConfig:
+    """The Shapes world that a checkpoint was trained on: its config's "data" is a spec and args, of
+    several sources perhaps, or in older ones the world's fields. Raises ValueError without one."""
+    said = source.section("data") if "data" in source.config else {}
+    if "spec" not in said:
+        return checkpoint.build(ShapesConfig, said, f"{source}, section 'data'")
+    spec, args = said["spec"], said.get("args") or {}
+    for name in mixture.parse(spec)[0]:
+        if name.startswith("lab.shapes:"):
+            own = args.get(name, {}) if re.search("[,=]", spec) else args
+            return open_source(name, own, 0, None)[0].config
+    raise ValueError(f"{source} was trained on {spec}; want a checkpoint of a Shapes world")
+
+
+def evaluate(
+    directory, seed=1000, counts=COUNTS, samples=None, device="cpu", scenes=500, **settings
+):
+    """Everything that is reported, as JSON has it: of the tasks and kinds that the checkpoint's
+    world has, and of the autoencoder on so many held-out scenes."""
     source = checkpoint.open_checkpoint(directory)
-    fields = source.config.get("data", {})
-    config = checkpoint.build(ShapesConfig, fields, f"{source}, section 'data'")
-    config = replace(config, digits=min(config.digits, 0.5))
+    world = world_of(source)
+    world = replace(world, digits=min(world.digits, 0.5))
     vae = VQVAE.from_pretrained(source, device, torch.float32)
-    results = {"checkpoint": str(directory), "seed": seed} | options
-    results["autoencoder"] = autoencoder_report(vae, Shapes(0, config), seed, scenes)
+    results = {"checkpoint": str(directory), "seed": seed} | settings
+    results["autoencoder"] = autoencoder_report(vae, Shapes(0, world), seed, scenes)
     if any(counts.values()):
         pipeline = load(source, device)
         results["defaults"] = {k: v for k, v in vars(pipeline.defaults).items() if k != "words"}
-    for title, task in TASKS.items():
-        count = math.ceil(task.share * counts[task.count])
-        if not (count and config.tasks.get(task.method)):
+    for name, task in TASKS.items():
+        count = math.ceil(task.share * counts[task.flag])
+        if not (count and world.tasks.get(name)):
             continue
-        examples = held_out(config, task.method, seed, count, task.stream)
-        verdicts = run_task(pipeline, examples, task, seed, **options)
-        results[title] = tally(verdicts)
-        if any(v.row == "exists" for v in verdicts):
+        examples = held_out(world, name, seed, count)
+        verdicts = run_task(pipeline, name, examples, seed, **settings)
+        rows = results[task.title] = tally(verdicts)
+        if "exists" in rows:
             results["pope"] = pope(verdicts)
-        if title == "stories":  # its rows are two views of the same frames
-            del results[title]["all"]
-        if measured := [v.kept for v in verdicts if v.kept is not None]:
-            results[title]["psnr elsewhere"] = float(np.mean(measured))
+        if name == "story":  # its rows are two views of the same frames
+            del rows["all"]
+        measured = [v.kept for v in verdicts if v.kept is not None]
+        if measured:
+            rows["psnr elsewhere"] = float(np.mean(measured))
         if samples:
-            shown = verdicts[::2] if title == "stories" else verdicts  # each frame once
-            contact_sheet(shown).save(samples / (title.replace(" ", "_") + ".png"))
+            shown = verdicts[::2] if name == "story" else verdicts  # each frame once
+            contact_sheet(shown).save(samples / (task.title.replace(" ", "_") + ".png"))
     return results
 
 
-def report(directory: str | Path, folder: Path, count: int = 300) -> str:
-    """The table of a model just trained; evaluation.json and sheets of pictures into a folder."""
-    counts = dict.fromkeys(COUNTS, count)
-    results = evaluate_shapes(directory, counts=counts, samples=folder, scenes=200)
-    checkpoint.write_json(folder / "evaluation.json", results)
-    return show(results)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    description, raw = __doc__.split("Reading order")[0], argparse.RawDescriptionHelpFormatter
+    parser = checkpoint.Parser(description=description, formatter_class=raw)
+    add, number = parser.add_argument, checkpoint.number
+    add("checkpoint", nargs="?", default="checkpoints/tiny", help="default: checkpoints/tiny")
+    more = "of examples and sampling; several: a mean and a range (default: 1000)"
+    add("--seed", type=number(int, 0, 2**31), action="append", metavar="N", help=more)
+    more = {"prompts": "; a sixth more name what training never shows"}
+    more["questions"] = "; 0.3 times as many ask what changed"
+    for name, count in COUNTS.items():
+        help = f"held-out examples, 0: none (default: {count}){more.get(name, '')}"
+        whole = {"type": number(int, 0, 10**5), "metavar": "N", "default": count}
+        add("--" + name.replace("_", "-"), help=help, **whole)
+    whole = {"type": number(int, 1, 4096), "metavar": "N", "default": 64}
+    add("--batch-size", help="requests answered at a time (default: 64)", **whole)
+    checkpoint.add_flags(parser, Generation, SETTINGS)
+    add("--json", type=Path, metavar="FILE", help="write the numbers here too")
+    add("--samples", type=Path, metavar="DIR", help="sheets of pictures, right ones labelled green")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    whole = {"type": number(int, 0, 1024), "metavar": "N", "default": 0}
+    add("--threads", help="CPU threads; 0 is one a core (default)", **whole)
+    return parser.parse_args(argv)
 
 
-# --- Command line --------------------------------------------------------------------------------
-
-
-def run_shapes(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise ValueError(f"--json {args.json} is not a file in a folder that exists")
     if args.samples:
         args.samples.mkdir(parents=True, exist_ok=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     counts = {name: getattr(args, name) for name in COUNTS}
     device = checkpoint.pick_device(args.device)
-    names = "batch_size", "steps", "cfg_scale", "cfg_image"
-    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    settings = {name: getattr(args, name) for name in ("batch_size", *SETTINGS)}
+    settings = {name: value for name, value in settings.items() if value is not None}
     runs = []
     for seed in args.seed or [1000]:
-        runs.append(evaluate_shapes(args.checkpoint, seed, counts, args.samples, device, **options))
+        runs.append(evaluate(args.checkpoint, seed, counts, args.samples, device, **settings))
         print(show(runs[-1]))
     if len(runs) > 1:
         print("\n" + over_seeds(runs))
@@ -524,40 +600,9 @@ def run_shapes(args: argparse.Namespace) -> None:
         checkpoint.write_json(args.json, runs[0] if len(runs) == 1 else {"seeds": runs})
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    raw, number = argparse.RawDescriptionHelpFormatter, checkpoint.number
-    parser = checkpoint.Parser(description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=checkpoint.Parser)
-    quality = commands.add_parser("shapes", help="quality of a model of a Shapes world",
-        description="Beside the captions of --prompts come a sixth as many of combinations that "
-        "training never shows, beside --questions 0.3 times as many about two pictures.")
-    clock = commands.add_parser("speed", help="fast paths beside their slow references, as ratios")
-    tiny = str(Path(__file__).parent / "checkpoints" / "tiny")
-    for command in (quality, clock, benchmarks.add_parser(commands)):
-        command.add_argument("--checkpoint", default=tiny, metavar="DIR", help="default: tiny")
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda, ...; default: auto")
-    clock.add_argument("--rounds", type=number(int, 1, 1000), default=5, metavar="N",
-        help="runs of each, taken in turns; the fastest counts (default: 5)")
-    add = quality.add_argument
-    add("--seed", type=number(int, 0, 2**31), action="append", metavar="N", help="of the held-out "
-        "examples and of sampling; repeat it for a mean and a range (default: 1000)")
-    for name, count in COUNTS.items():
-        add("--" + name.replace("_", "-"), type=number(int, 0, 10**5), default=count, metavar="N",
-            help=f"held-out examples to answer; 0 leaves them out (default: {count})")
-    add("--batch-size", type=number(int, 1, 4096), default=64, metavar="N",
-        help="requests answered at a time (default: 64)")
-    checkpoint.add_flags(quality, Options, ("steps", "cfg_scale", "cfg_image"))
-    add("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    add("--samples", type=Path, metavar="DIR", help="save sheets of pictures, labelled with what "
-        "was asked, green if right, red if wrong")
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse()
-    actions = {"shapes": run_shapes, "speed": benchmarks.speed, "bench": benchmarks.run}
-    run = functools.partial(actions[args.command], args)
-    checkpoint.command_line("evaluate.py", run, "interrupted; nothing was reported")
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    checkpoint.command_line(lambda: run(args), "interrupted; nothing was reported")
 
 
 if __name__ == "__main__":
