@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -292,11 +293,9 @@ def says(segments: list[Segment]) -> bytes:
     """What an example says, for a hash: texts, paths, pixels or latents."""
     parts = []
     for s in segments:
-        if isinstance(s.content, str | Path):
-            parts.append(str(s.content).encode())
-        else:
-            parts.append(np.ascontiguousarray(s.content).tobytes())
-        parts.append(b"output" if s.output else b"input")
+        is_said = isinstance(s.content, str | Path)
+        array = np.frombuffer(str(s.content).encode(), np.uint8) if is_said else s.content
+        parts += [np.ascontiguousarray(array).tobytes(), b"output" if s.output else b"input"]
     return b"\0".join(parts)
 
 
@@ -319,16 +318,6 @@ class Part:
 
     def example(self, index: int) -> list[Segment]:
         return self.dataset.example(self.indices[index % len(self.indices)])
-
-
-class Later:
-    """An endless dataset from example 10**9 on, where no training comes."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def example(self, index: int) -> list[Segment]:
-        return self.dataset.example(10**9 + index)
 
 
 def split(dataset) -> tuple[Part, Part]:
@@ -357,7 +346,8 @@ def open_source(spec: str, args: dict, seed: int, examples: int | None) -> tuple
         if hasattr(dataset, "__len__"):
             return split(dataset)
         if "seed" not in takes:
-            return dataset, Later(dataset)
+            later = SimpleNamespace(example=lambda i: dataset.example(10**9 + i))
+            return dataset, later  # where no training comes
         given["seed"] = seed + 2**32
         return dataset, function(**{k: v for k, v in given.items() if k in takes} | args)
     except (ImportError, AttributeError, TypeError) as error:
@@ -367,12 +357,11 @@ def open_source(spec: str, args: dict, seed: int, examples: int | None) -> tuple
 def open_dataset(spec: str, args: dict | None = None, seed=0, examples: int | None = None):
     """What a spec names -> (to train on, held out), each with example(index) -> list[Segment].
 
-    A spec is the path of a file or folder (short for lab.files:open), module:function, or several
-    of these, split at commas: with =SHARE behind each they are mixed, else one follows the other.
-    args go to the function, or as {spec: args} to those of several. A function that takes `seed`
-    gets it (seed + 2**32 for what is held out), and `examples`, how many training will take.
-    With a length, a twentieth is held out; an endless dataset without a seed, from 10**9 on.
-    Raises ValueError where a spec is nothing of this.
+    A spec is a path (short for lab.files:open), module:function, or several of these, split at
+    commas: with =SHARE behind each they are mixed, else one follows the other. args go to the
+    function, or as {spec: args} to several. A function that takes `seed` gets it (seed + 2**32 for
+    what is held out), and `examples`, how many training will take. With a length, a twentieth is
+    held out; an endless dataset without a seed, from 10**9 on. What is no spec raises ValueError.
     """
     if (spec and Path(spec).exists()) or not re.search("[,=]", spec):
         return open_source(spec, args or {}, seed, examples)
