@@ -293,9 +293,11 @@ def says(segments: list[Segment]) -> bytes:
     """What an example says, for a hash: texts, paths, pixels or latents."""
     parts = []
     for s in segments:
-        is_said = isinstance(s.content, str | Path)
-        array = np.frombuffer(str(s.content).encode(), np.uint8) if is_said else s.content
-        parts += [np.ascontiguousarray(array).tobytes(), b"output" if s.output else b"input"]
+        if isinstance(s.content, str | Path):  # of a path the name: a folder may be moved
+            content = getattr(s.content, "name", s.content).encode()
+        else:
+            content = np.ascontiguousarray(s.content).tobytes()
+        parts += [content, b"output" if s.output else b"input"]
     return b"\0".join(parts)
 
 

@@ -7,19 +7,16 @@
     posttrain   stage 2: everything but the autoencoder, L_ar + lambda L_diff
 
 A stage has `model`, `batch(dataset, step) -> parts`, `losses(part, step, generator)` and, where it
-needs one, `after_step`. It writes nothing: train.py runs it. Reading order: settings, presets, the
-autoencoder's stages, the transformer's, low rank.
-
-Data depend on (seed, step) alone, and so does the noise, whose generator is handed in: that is all
-the randomness of training but for the initial weights, which are drawn from the seed.
+needs one, `after_step`. It writes nothing: train.py runs it. Data depend on (seed, step) alone, and
+so does the noise, whose generator is handed in; initial weights are drawn from the seed.
+In order: settings, presets, examples, the autoencoder's stages, the transformer's, low rank.
 """
 
 import copy
-import dataclasses
 import functools
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -35,20 +32,20 @@ from data import Batch, Segment
 from orthus import HEADS, DiffusionHead, Orthus, OrthusConfig, randn
 from vae import VQVAE, VQVAEConfig
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 
 # --- Settings ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Settings:
-    """What all stages read. PRESETS overrides these defaults per size and stage, flags override
-    both; the whole is written into the run's run.json."""
+    """What all stages read: PRESETS overrides these defaults, flags override both."""
 
     preset: str = setting("tiny", "sizes and settings (default: tiny)", "nano", "tiny", "7b")
     seed: int = setting(0, "of weights, data and noise", int, 0, 2**31)
     steps: int = setting(1000, "optimiser steps in all", int, 1, 10**9)
     batch_size: int = setting(64, "examples a step", int, 1, 2**20)
+    micro_batches: int = setting(1, "parts of a batch: saves memory", int, 1, 2**20)
     lr: float = setting(1e-3, "peak; linear warm-up, then a cosine to zero", float, 1e-12, 10)
     warmup: float = setting(0.05, "share of the steps", float, 0, 1)
     optimizer: str = setting("adamw", "adamw, or module:function")
@@ -75,11 +72,6 @@ class AutoencoderSettings(Settings):
 
 
 @dataclass
-class DecoderSettings(AutoencoderSettings):
-    micro_batches: int = setting(1, "parts of a batch: saves memory", int, 1, 2**20)
-
-
-@dataclass
 class VAESettings(AutoencoderSettings):
     quantise_from: int = setting(100, "first step with codes, set from data", int, 0, 10**9)
     quantised_share: float = setting(0.125, "of a batch goes through the codes", float, 0, 1)
@@ -93,7 +85,6 @@ class VAESettings(AutoencoderSettings):
 class TransformerSettings(Settings):
     """Where nothing is given: what the checkpoint, or the preset, has."""
 
-    micro_batches: int = setting(1, "parts of a batch, by length: saves memory", int, 1, 2**20)
     image_loss_weight: float | None = setting(None, "lambda", float, 0, 1e9)
     diffusion_batch_multiplier: int | None = setting(None, "noisings a latent", int, 1, 1024)
     input_noise: float = setting(0.0, "on output images as they are read back", float, 0, 10)
@@ -124,45 +115,40 @@ class PosttrainSettings(ChameleonSettings):
     lora_targets: tuple[str, ...] = setting(LINEAR, f"linear layers ({' '.join(LINEAR)})")
 
 
-MUON, UNCONDITIONAL = "lab.muon:muon", "Generate an image."
-CROWDS, TASKS = "lab.shapes:nano_crowds", "lab.shapes:nano_tasks"
-NANO_VAE = dict(batch_size=16, latent_noise=0.3, edge_weight=4.0, data=CROWDS)
-NANO = dict(batch_size=32, lr=2e-3, optimizer=MUON, ema=0.995, data=TASKS)
-NANO_CODES = dict(ema=0.995, optimizer=MUON, isotropy=0.02, commitment=0.02)
-TINY_VAE = dict(batch_size=32, dtype="float32", data="lab.shapes:tiny_pictures")
-TINY = dict(batch_size=96, micro_batches=3, optimizer=MUON, dtype="float32")
-TINY |= dict(data="lab.shapes:tiny_tasks")
-ONE_GPU = dict(checkpoint_activations=True, dtype="bfloat16", data="lab.shapes:tiny_tasks")
-PICTURES = dict(data="lab.shapes:tiny_pictures")
-PRESETS = {
+UNCONDITIONAL = "Generate an image."
+MUON, PICTURES = dict(optimizer="lab.muon:muon"), dict(data="lab.shapes:tiny_pictures")
+NANO_VAE = dict(batch_size=16, latent_noise=0.3, edge_weight=4.0, data="lab.shapes:nano_crowds")
+NANO_CODES = MUON | dict(ema=0.995, isotropy=0.02, commitment=0.02)
+NANO = MUON | dict(batch_size=32, lr=2e-3, ema=0.995, data="lab.shapes:nano_tasks")
+NANO_POSTTRAIN = dict(batch_size=64, input_noise=0.25, image_loss_weight=2.0)
+TINY_VAE = PICTURES | dict(batch_size=32, dtype="float32")
+TINY = MUON | dict(batch_size=96, micro_batches=3, dtype="float32", data="lab.shapes:tiny_tasks")
+TINY_BASE = TINY | PICTURES | dict(batch_size=64, micro_batches=1)
+BIG = dict(dtype="bfloat16", data="lab.shapes:tiny_tasks")
+ONE_GPU = BIG | dict(checkpoint_activations=True)
+PRESETS = {  # 7b: the paper's settings, in parts of a batch that one GPU holds
     "nano": {
         "vae": NANO_VAE | NANO_CODES | dict(steps=1000, lr=4e-3),
         "decoder": NANO_VAE | dict(steps=100, lr=5e-4),
         "chameleon": NANO | dict(seed=1, steps=400, image_loss_weight=1.0),
         "base": NANO | dict(seed=2, steps=150, mixed_codes=50.0, data="lab.shapes:nano_pictures"),
-        "posttrain": NANO
-        | dict(seed=3, steps=1400, batch_size=64, input_noise=0.25)
-        | dict(image_loss_weight=2.0),
+        "posttrain": NANO | dict(seed=3, steps=1400) | NANO_POSTTRAIN,
     },
     "tiny": {
         "vae": TINY_VAE | dict(steps=10500, lr=1.5e-3),
         "decoder": TINY_VAE | dict(steps=800, lr=5e-4, data_args='{"digits": 0.5}'),
         "chameleon": TINY | dict(seed=1, steps=400, image_loss_weight=1.0),
-        "base": dict(seed=2, steps=300, lr=2e-3, optimizer=MUON, dtype="float32") | PICTURES,
+        "base": TINY_BASE | dict(seed=2, steps=300, lr=2e-3),
         "posttrain": TINY | dict(seed=3, steps=11700, image_loss_weight=5.0, input_noise=0.25),
     },
-    "7b": {  # the paper's settings, in parts of a batch that one GPU holds
-        "decoder": dict(steps=15000, batch_size=256, micro_batches=128, lr=1e-5, dtype="bfloat16")
-        | PICTURES,
-        "base": ONE_GPU
-        | dict(steps=15000, batch_size=32, micro_batches=32, lr=1e-4, tau=1.0)
-        | dict(image_loss_weight=1.0)
-        | PICTURES,
-        "posttrain": ONE_GPU
-        | dict(steps=35000, batch_size=16, micro_batches=16, lr=1e-5)
-        | dict(lora_rank=64, lora_scale=16.0, image_loss_weight=100.0),
+    "7b": {
+        "decoder": BIG | PICTURES | dict(steps=15000, batch_size=256, micro_batches=128, lr=1e-5),
+        "base": ONE_GPU | PICTURES | dict(steps=15000, batch_size=32, micro_batches=32, lr=1e-4),
+        "posttrain": ONE_GPU | dict(steps=35000, batch_size=16, micro_batches=16, lr=1e-5),
     },
 }
+PRESETS["7b"]["base"] |= dict(tau=1.0, image_loss_weight=1.0)
+PRESETS["7b"]["posttrain"] |= dict(lora_rank=64, lora_scale=16.0, image_loss_weight=100.0)
 GENERATION = dict(steps=10, cfg_scale=3.0, image_first=True, scale=4, unconditional=UNCONDITIONAL)
 GENERATION |= dict(interleaved={"cfg_scale": 2.0, "cfg_image": 2.0})  # of what begins from nothing
 
@@ -182,8 +168,7 @@ def order(length: int, epoch: int) -> np.ndarray:
 
 
 def read_example(dataset, index: int, resolution: int) -> list[Segment]:
-    """An example with its images read. Where one can no longer be read, the example after it stands
-    in: a damaged file does not end a run."""
+    """An example with its images read. Where one can no longer be read, the next stands in."""
     for number in range(index, index + 1000):
         segments = dataset.example(number)
         try:
@@ -194,8 +179,7 @@ def read_example(dataset, index: int, resolution: int) -> list[Segment]:
 
 
 def examples(dataset, step: int, size: int, resolution: int) -> list[list[Segment]]:
-    """The examples of one step; a dataset with a length begins again at its end, in another
-    order."""
+    """Those of one step; a dataset with a length begins again at its end, in another order."""
     indices = range(step * size, (step + 1) * size)
     if hasattr(dataset, "__len__"):
         length = len(dataset)
@@ -204,13 +188,12 @@ def examples(dataset, step: int, size: int, resolution: int) -> list[list[Segmen
 
 
 def pictures(dataset, step: int, size: int, resolution: int) -> tuple[Tensor, Tensor]:
-    """Of a step's examples the first picture each (B, 3, H, W), and where its detail is, 0 to 1
-    (B, 1, H, W)."""
+    """The first picture of each of a step's examples (B, 3, H, W), its detail (B, 1, H, W)."""
     images, details = [], []
     for segments in examples(dataset, step, size, resolution):
         found = [s for s in segments if s.is_image]
         if not found:
-            raise ValueError(f"an example of step {step} has no picture; the autoencoder wants one")
+            raise ValueError(f"an example of step {step} has no picture; the stage wants one")
         images.append(data.to_tensor(found[0].content, resolution))
         detail = found[0].detail or Image.new("L", (1, 1))
         details.append((data.to_tensor(detail, resolution)[:1] + 1) / 2)
@@ -222,9 +205,9 @@ def pictures(dataset, step: int, size: int, resolution: int) -> tuple[Tensor, Te
 
 def reconstruction_loss(images: Tensor, target: Tensor, detail: Tensor, settings) -> Tensor:
     """Squared and absolute error, (B, 3, H, W) each, and once more the squared error where detail
-    (B, 1, H, W) is 1: digits are too few pixels to be learned otherwise. (Make-A-Scene, arXiv
-    2203.13131, does the same for faces.) The error of the edges, differences of neighbouring
-    pixels, is what tells shapes apart early: without it small nets draw blobs for a long time."""
+    (B, 1, H, W) is 1: digits are too few pixels to be learned otherwise (as faces in Make-A-Scene).
+    Differences of neighbouring pixels tell shapes apart early: without them small nets draw blobs
+    for a long time."""
     error = images.float() - target
     small = (error.square() * detail).sum() / (3 * detail.sum()).clamp(min=1)
     edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
@@ -233,12 +216,9 @@ def reconstruction_loss(images: Tensor, target: Tensor, detail: Tensor, settings
 
 
 def add_latent_noise(latents: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Noise of `share` standard deviations of the latents, on any shape.
-
-    Without it the encoder may keep what matters (hue, digits) in directions of hardly any variance,
-    where a diffusion model cannot hear it: measured, 3 of 64 directions held 76% of the variance.
-    With it, what must survive is spread over all directions, and the decoder forgives small errors.
-    """
+    """Noise of `share` standard deviations. Without it the encoder may keep what matters (hue,
+    digits) in directions of hardly any variance, where a diffusion model cannot hear it: 3 of 64
+    held 76% of the variance. With it the decoder forgives small errors, too."""
     noise = randn(latents.shape, latents, generator)
     return latents + share * latents.detach().std() * noise
 
@@ -254,16 +234,15 @@ def anisotropy(latents: Tensor) -> Tensor:
 class DecoderStage:
     """Fine-tune the decoder on unquantised latents, the encoder frozen (appendix A)."""
 
-    Settings, part, after_step = DecoderSettings, "vae", None
+    Settings, part, after_step = AutoencoderSettings, "vae", None
+    vae, before, tokenizer = None, None, None
 
     def __init__(self, settings, dataset, start: Checkpoint | None, resumed: bool):
-        self.settings, self.vae, self.before = settings, None, None
+        self.settings, self.others = settings, {}
         self.build(start)
         self.model.to(settings.device, memory_format=torch.channels_last)  # faster on a CPU
-        # the model of the checkpoint that the autoencoder is from goes along
-        self.tokenizer, self.others = None, {}
-        self.config = {"vae": dataclasses.asdict(self.model.config)}
-        if start and "model" in start.config:
+        self.config = {"vae": asdict(self.model.config)}
+        if start and "model" in start.config:  # the model that the autoencoder is of goes along
             self.config |= {name: start.section(name) for name in ("model", "generation")}
             self.tokenizer = start.tokenizer.read_bytes()
             self.others = {"model": start.tensors("model")}
@@ -292,10 +271,9 @@ class DecoderStage:
 class VAEStage(DecoderStage):
     """VQ-VAE: reconstruction + codebook + commitment, dead codes revived.
 
-    Most of every batch skips the quantiser, so that the encoder keeps what the codes cannot hold:
-    the continuous latents are what Orthus is after. From a checkpoint an autoencoder goes on: its
-    latents stay what they were but where there is detail, for the models that were trained on them.
-    """
+    Most of a batch skips the quantiser, so that the encoder keeps what the codes cannot hold: the
+    continuous latents are what Orthus is after. From a checkpoint it goes on: its latents stay what
+    they were but where there is detail, for the models that were trained on them."""
 
     Settings = VAESettings
 
@@ -309,11 +287,6 @@ class VAEStage(DecoderStage):
             self.model = VQVAE(VQVAEConfig.preset(self.settings.preset))
             self.model.init_weights()
 
-    def batch(self, dataset, step: int) -> list[tuple[Tensor, Tensor]]:
-        """One part: codes and covariances are of the whole batch."""
-        size = self.settings.batch_size
-        return [pictures(dataset, step, size, self.model.config.resolution)]
-
     def losses(self, part, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         settings, vae = self.settings, self.model
         images, detail = (x.to(settings.device) for x in part)
@@ -323,24 +296,23 @@ class VAEStage(DecoderStage):
         q = vae.lookup(vae.quantize(z))
         through = z[:n] + (q - z)[:n].detach()  # the gradient goes straight through the codes
         noisy = add_latent_noise(z[n:], settings.latent_noise, generator)
-        again, zero = vae.decode(torch.cat([through, noisy])), z.new_zeros(())
-        quantised = continuous = zero
+        again, terms = vae.decode(torch.cat([through, noisy])), {"anisotropy": anisotropy(z)}
+        loss = settings.isotropy * terms["anisotropy"]
+        if n < len(z):
+            error = reconstruction_loss(again[n:], images[n:], detail[n:], settings)
+            terms["continuous"], loss = error, loss + (1 - n / len(z)) * error
         if n:
-            quantised = reconstruction_loss(again[:n], images[:n], detail[:n], settings)
-        if n < len(images):
-            continuous = reconstruction_loss(again[n:], images[n:], detail[n:], settings)
-        share, terms = n / len(images), {"anisotropy": anisotropy(z), "continuous": continuous}
-        loss = share * quantised + (1 - share) * continuous
-        loss = loss + settings.isotropy * terms["anisotropy"]
-        if n:
-            terms |= {"quantised": quantised, "commitment": F.mse_loss(z, q.detach())}
-            loss = loss + F.mse_loss(q, z.detach()) + settings.commitment * terms["commitment"]
+            error = reconstruction_loss(again[:n], images[:n], detail[:n], settings)
+            terms |= {"quantised": error, "commitment": F.mse_loss(z, q.detach())}
+            loss = loss + n / len(z) * error + F.mse_loss(q, z.detach())
+            loss = loss + settings.commitment * terms["commitment"]
         if self.before is not None:
-            z_before = self.before.encode(images).float()
-            plain = 1 - F.max_pool2d(detail, vae.config.downsampling).flatten(2).transpose(1, 2)
+            z_before, f = self.before.encode(images).float(), vae.config.downsampling
+            plain = 1 - F.max_pool2d(detail, f).flatten(2).transpose(1, 2)  # (B, L, 1)
             terms["moved"] = ((z - z_before).square() * plain).mean() / z_before.var()
             loss = loss + terms["moved"]
-        return {"loss": loss} | terms
+        share, terms = len(images) / settings.batch_size, {"loss": loss} | terms
+        return {name: share * term for name, term in terms.items()}
 
     @torch.no_grad()
     def after_step(self, step: int, dataset, state: dict, average: dict[str, Tensor]) -> None:
@@ -351,9 +323,9 @@ class VAEStage(DecoderStage):
         due = step % settings.revive_every == settings.revive_every - 1
         if not is_first and (late or not due):
             return
-        wanted = math.ceil(8192 / vae.config.latents_per_image / settings.batch_size)
-        numbers = range(10**9 + step * wanted, 10**9 + (step + 1) * wanted)  # never trained on
         size, resolution = settings.batch_size, vae.config.resolution
+        wanted = math.ceil(8192 / vae.config.latents_per_image / size)
+        numbers = range(10**9 + step * wanted, 10**9 + (step + 1) * wanted)  # never trained on
         images = torch.cat([pictures(dataset, n, size, resolution)[0] for n in numbers])
         latents = vae.encode(images.to(settings.device)).flatten(0, 1)  # (8192, C)
         codebook = vae.quantize.embedding.weight
@@ -374,8 +346,8 @@ class VAEStage(DecoderStage):
 
 @dataclass
 class Part:
-    """A part of a step's batch, and its shares of the step's text and image targets: the losses of
-    all parts, each times its share, add up to the loss of the whole batch."""
+    """Some of a step's examples, and their shares of its text and image targets: the losses of all
+    parts, each times its share, add up to that of the whole batch."""
 
     batch: Batch
     text: float
@@ -399,9 +371,9 @@ class TransformerStage:
 
     def build(self, start: Checkpoint, model: Orthus, tokenizer: bytes, generation: dict) -> None:
         settings, self.model, self.tokenizer = self.settings, model, tokenizer
-        vae = VQVAE.from_pretrained(start, settings.device, torch.float32)
-        self.vae = vae.requires_grad_(False)
+        vae = VQVAE.from_pretrained(start, settings.device, torch.float32).requires_grad_(False)
         data.check_fits(model.config, vae.config, f"that of {start}")
+        place(model, settings)
         for name in ("image_loss_weight", "diffusion_batch_multiplier"):
             if getattr(settings, name) is not None:
                 setattr(model.config, name, getattr(settings, name))
@@ -411,9 +383,8 @@ class TransformerStage:
         if settings.compile:
             model.transformer = torch.compile(model.transformer, dynamic=True)
             model.image_head.forward = torch.compile(model.image_head.forward, dynamic=True)
-        self.words = data.Tokenizer(tokenizer, model.config)
-        sizes = {"model": model.config, "vae": vae.config}
-        self.config = {name: dataclasses.asdict(config) for name, config in sizes.items()}
+        self.vae, self.words = vae, data.Tokenizer(tokenizer, model.config)
+        self.config = {"model": asdict(model.config), "vae": asdict(vae.config)}
         self.config["generation"], self.others = generation, {}
 
     def choose(self, dataset, step: int) -> list[data.Sequence]:
@@ -432,10 +403,8 @@ class TransformerStage:
         longest = config.max_position_embeddings
         fitting = [s for s in sequences if len(s.tokens) <= longest]
         if not fitting:
-            raise ValueError(
-                f"no example of step {step} can be used: they draw no picture, or "
-                f"are longer than the context, {longest} tokens; give others"
-            )
+            what = f"draws no picture, or is longer than the context, {longest} tokens"
+            raise ValueError(f"each example of step {step} {what}; give others")
         if len(fitting) < len(sequences):
             warn("examples that are longer than the context are left out")
         return sorted(fitting, key=lambda s: len(s.tokens))
@@ -490,11 +459,11 @@ class TransformerStage:
         is_output = batch.labels == model.config.image_id
         if not isinstance(model.image_head, DiffusionHead) or not is_output.any():
             return {}
-        latents, terms = self.latents(batch), {}
+        latents, terms, where = self.latents(batch), {}, generator.device
         hidden = model(batch.tokens, latents)[:, :-1][is_output[:, 1:]]
         targets = latents[is_output[batch.tokens == model.config.image_id]]
         for low in range(0, 1000, 250):
-            t = torch.randint(low, low + 250, (len(targets),), generator=generator)
+            t = low + (250 * torch.rand(len(targets), generator=generator, device=where)).long()
             loss = model.image_head.loss(hidden, targets, t=t, generator=generator)
             terms[f"image_t{low}"] = part.image * loss
         return terms
@@ -515,12 +484,6 @@ class ChameleonStage(TransformerStage):
     def __init__(self, settings, dataset, start: Checkpoint, resumed: bool):
         self.settings, kinds = settings, dict(vision_embedding="argmin", image_head="tokens")
         model = Orthus(OrthusConfig.preset(settings.preset, **kinds))
-        codebook = start.tensors("vae")["quantize.embedding.weight"]
-        data.check_fits(
-            model.config, checkpoint.build(VQVAEConfig, start.section("vae"), start), start
-        )
-        model.vision_embedding.codebook.weight.data.copy_(codebook)
-        model.vision_embedding.codebook.requires_grad_(False)
         if resumed:
             tokenizer, generation = start.tokenizer.read_bytes(), start.section("generation")
         else:
@@ -528,17 +491,17 @@ class ChameleonStage(TransformerStage):
             size = model.config.vocab_size - model.config.image_id  # what is left, and unknown
             tokenizer = data.train_tokenizer(texts, size)
             generation = GENERATION | {"words": sorted(data.words_of(texts))}
-        self.build(start, model.to(settings.device), tokenizer, generation)
+        self.build(start, model, tokenizer, generation)
+        codebook = model.vision_embedding.codebook.requires_grad_(False)
+        codebook.weight.copy_(self.vae.quantize.embedding.weight)
 
 
 @torch.no_grad()
 def to_orthus(settings: BaseSettings, dataset, start: Checkpoint) -> Orthus:
     """Chameleon -> Orthus-base before training (stage 1): argmin becomes softmax over the same
     codebook and image-token rows, image tokens give way to a diffusion head that outputs zero; or
-    what --vision-embedding and --image-head say in their place.
-
-    But for 7b, latent_scale and tau are measured here: unit variance for the head, and a median
-    latent that mixes mixed_codes codes. This is where tau comes from.
+    what --vision-embedding and --image-head say in their place. This is where tau comes from: but
+    for 7b it is measured, so that a median latent mixes mixed_codes codes, and so is latent_scale.
     """
     old = Orthus.from_pretrained(start)
     if old.config.image_head != "tokens":
@@ -554,7 +517,7 @@ def to_orthus(settings: BaseSettings, dataset, start: Checkpoint) -> Orthus:
         if settings.tau is None:
             wanted["tau"] = tau_that_mixes(settings.mixed_codes, old, latents)
         tqdm.write(f"latent_scale {wanted['latent_scale']:.4g}, tau {wanted.get('tau', 1):.4g}")
-    sizes = dataclasses.replace(old.config, **wanted)
+    sizes = replace(old.config, **wanted)
     with torch.device("meta"), checkpoint.Blank():  # the old tensors become the new model's
         model = Orthus(sizes)
     torch.manual_seed(settings.seed)
@@ -570,10 +533,8 @@ def tau_that_mixes(codes: float, model: Orthus, latents: Tensor) -> float:
     low, high = 1e-4, 1e4
     for _ in range(40):
         model.vision_embedding.tau = tau = math.sqrt(low * high)
-        if effective_codes(model, latents).median() > codes:
-            high = tau
-        else:
-            low = tau
+        is_wide = effective_codes(model, latents).median() > codes
+        low, high = (low, tau) if is_wide else (tau, high)
     return tau
 
 
@@ -601,7 +562,6 @@ class BaseStage(TransformerStage):
         # words up in it is cut off from the gradient, so the other rows' gradients are zero.
         model.embed_tokens.requires_grad_(model.config.vision_embedding != "linear")
         model.embed_tokens.register_forward_hook(lambda module, args, out: out.detach())
-        place(model, settings)
         generation = start.section("generation")
         if settings.preset == "7b":  # Chameleon becomes Orthus
             generation |= {"cfg_scale": 5.0, "image_first": True}
@@ -618,7 +578,6 @@ class PosttrainStage(TransformerStage):
         self.settings, model = settings, Orthus.from_pretrained(start, settings.device)
         if settings.lora_rank:
             add_low_rank(model.layers, settings)
-        place(model, settings)
         generation = start.section("generation")
         self.build(start, model, start.tokenizer.read_bytes(), generation)
         if generation.get("words"):  # a small model that may know more of them now
@@ -626,10 +585,8 @@ class PosttrainStage(TransformerStage):
             generation["words"] = sorted({*generation["words"], *words})
             strange = [w for w in words if self.words.unk_id in self.words.encode(w)]
             if strange:
-                found = f"{len(strange)} words have letters that the tokenizer does not know"
-                warn(
-                    f"{found} ({', '.join(strange[:5])}); training from stage vae on makes its own"
-                )
+                found = f"letters of {len(strange)} words, as {', '.join(strange[:5])}"
+                warn(f"the tokenizer does not know {found}; training from stage vae on makes one")
 
 
 STAGES = {"vae": VAEStage, "decoder": DecoderStage, "chameleon": ChameleonStage}

@@ -6,9 +6,8 @@
 A run is a folder: run.json (what it runs with), log.jsonl, samples.png, and saves step-00000500/
 that appear when they are whole, the last two kept: checkpoints of the averaged weights, with a
 state.pt from which --resume goes on. A resumed run equals one that was never interrupted to the
-bit, with the same settings on the same kind of machine and number of threads: data and noise depend
-on (seed, step) alone, and weights, average, moments and log are those of the save.
-Reading order: the optimiser and its average, saves, validation, the loop, the command line.
+bit, with the same settings, data, machine and number of threads: data and noise depend on (seed,
+step) alone, and weights, average, moments and log are those of the save.
 """
 
 import argparse
@@ -24,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -53,10 +53,11 @@ def choose_machine(settings: Settings) -> tuple[torch.device, torch.dtype]:
     device = checkpoint.pick_device(settings.device)
     if settings.threads:
         torch.set_num_threads(min(settings.threads, os.cpu_count()))  # more would only wait
-    native, name, why = has_fast_bf16(device), settings.dtype, "as asked"
-    if name == "auto":
-        name = "bfloat16" if native else "float32"
-        why = f"bf16 is {'' if native else 'not '}native here"
+    name, why = settings.dtype, "as asked"
+    if name == "auto" and has_fast_bf16(device):
+        name, why = "bfloat16", "bf16 is native here"
+    elif name == "auto":
+        name, why = "float32", "bf16 is not native here"
     unfused = (device.type, name) == ("cpu", "bfloat16")  # where attention's own backward is slow
     torch.backends.cuda.enable_flash_sdp(not unfused)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(unfused)
@@ -135,12 +136,17 @@ def step_of(saved: Path | None) -> int:
 
 
 def read_state(saved: Path) -> dict:
-    path = saved / "state.pt"
+    path, before = saved / "state.pt", [p for p in checkpoint.saves(saved.parent) if p != saved]
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # PyTorch does not look at checksums
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} is another")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # reading what is no archive of tensors may raise anything
         found = f"{path} is damaged, or no state of a run ({str(error).splitlines()[0]:.80})"
-        raise ValueError(f"{found}; remove {saved} and resume from the save before it") from None
+        after = f"resume from {before[-1].name}" if before else "begin anew"
+        raise ValueError(f"{found}; remove {saved} and {after}") from None
 
 
 def read_log(path: Path) -> list[dict]:
@@ -155,8 +161,9 @@ def keep_log(path: Path, step: int) -> None:
     """Drop what a run logged past the save it goes on from, and a line that was cut."""
     if path.is_file():
         text = checkpoint.read_text(path)
-        lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-        kept = [line for line in lines if checkpoint.parse_json(line, path)["step"] <= step]
+        with checkpoint.whole_file(path) as file:
+            file.write(text[: text.rfind("\n") + 1].encode())
+        kept = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
         with checkpoint.whole_file(path) as file:
             file.write("".join(kept).encode())
 
@@ -178,15 +185,15 @@ class Log:
 
     def write(self, step: int, lr: float, held_out: dict[str, float]) -> None:
         """Raises ValueError where the loss is not finite, so that nothing of it is saved."""
-        seconds, steps, means = time.time() - self.started, len(self.losses), {}
-        for key in dict.fromkeys(key for losses in self.losses for key in losses):
+        seconds, means = time.time() - self.started, {}
+        for key in {key: None for losses in self.losses for key in losses}:
             values = [losses[key].float() for losses in self.losses if key in losses]
             means[key] = torch.stack(values).mean().item()
         if not math.isfinite(means["loss"] + means["grad_norm"]):
             found = f"the loss is {means['loss']} by step {step}"
             raise ValueError(f"{found}; begin again with a lower --lr, or --resume from a save")
-        means |= held_out
-        means["examples_per_second"] = steps * self.settings.batch_size / seconds
+        examples = len(self.losses) * self.settings.batch_size
+        means |= held_out | {"examples_per_second": examples / seconds}
         means |= {"tokens_per_second": self.tokens / seconds, "waiting": self.waited / seconds}
         said = " ".join(f"{key} {value:.4g}" for key, value in means.items())
         tqdm.write(f"{self.stage} {step} lr {lr:.3g} {said}")
@@ -223,9 +230,8 @@ class Trainer:
         if state:
             self.restore(state, saved)
         self.log = Log(run / "log.jsonl", name, settings)
-        self.autocast = torch.autocast(
-            self.device.type, self.dtype, enabled=self.dtype != torch.float32
-        )
+        is_half = self.dtype != torch.float32
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=is_half)
 
     def prepare(self) -> None:
         """What a subclass does to the model before it has an optimiser."""
@@ -306,11 +312,10 @@ class Trainer:
 
     def load_batches(self):
         """The batches of all steps from the first on, made in data processes."""
-        settings = self.settings
-        more = dict(num_workers=settings.workers, worker_init_fn=leave_signals)
-        if settings.workers:
-            more |= dict(prefetch_factor=8, multiprocessing_context="fork")
-        steps = range(self.first, settings.steps)
+        workers = self.settings.workers if hasattr(os, "fork") else 0
+        more = dict(prefetch_factor=8, multiprocessing_context="fork") if workers else {}
+        more |= dict(num_workers=workers, worker_init_fn=leave_signals)
+        steps = range(self.first, self.settings.steps)
         return iter(DataLoader(steps, batch_size=None, collate_fn=self.batch, **more))
 
     def run(self) -> bool:
@@ -349,18 +354,21 @@ class Trainer:
             signal.signal(signal.SIGTERM, before)
 
 
+def prompts_of(held_out) -> list[list]:
+    """Eight of its first 200 examples that draw by words, without what they draw."""
+    number = min(200, len(held_out)) if hasattr(held_out, "__len__") else 200
+    found = [held_out.example(i) for i in range(number)]
+    draws = [s for s in found if len(s) > 1 and not s[0].is_image and s[-1].is_image]
+    return [[s for s in segments if not s.output] for segments in draws[:8]]
+
+
 class Validation:
     """A fixed batch of held-out examples, and fixed prompts with their seeds."""
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.stage = trainer, trainer.stage
         self.batch = self.stage.batch(trainer.held_out, 0)
-        held_out, self.prompts = trainer.held_out, []
-        number = min(200, len(held_out)) if hasattr(held_out, "__len__") else 200
-        for segments in [held_out.example(i) for i in range(number)] if self.stage.vae else []:
-            is_caption = len(segments) > 1 and not segments[0].is_image and segments[-1].is_image
-            if is_caption and len(self.prompts) < 8:
-                self.prompts.append([s for s in segments if not s.output])
+        self.prompts = prompts_of(trainer.held_out) if self.stage.vae else []
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
@@ -376,8 +384,8 @@ class Validation:
         return dict(sorted(sums.items()))
 
     def pictures(self, step: int) -> None:
-        """A row of samples.png: the fixed prompts, drawn by the averaged weights."""
-        settings, folder = self.trainer.settings, self.trainer.run_folder
+        """samples.png: the fixed prompts, drawn by the averaged weights, side by side."""
+        settings = self.trainer.settings
         every = getattr(settings, "pictures_every", 0) * settings.validate_every
         if not (every and self.prompts and (step % every == 0 or step == settings.steps)):
             return
@@ -391,45 +399,42 @@ class Validation:
             answers = generate(pipeline, requests, progress=False, min_images=1, max_images=1)
         model.load_state_dict(raw, strict=False)
         row = data.row_of([answer.images[0] for answer in answers])
-        path, rows = folder / "samples.png", math.ceil(step / every) - 1
-        try:  # a resumed run may have drawn this row before
-            sheet = data.open_image(path).crop((0, 0, row.width, rows * row.height))
-        except ValueError:
-            sheet = row.crop((0, 0, row.width, 0))
-        page = row.resize((row.width, sheet.height + row.height))
-        page.paste(sheet, (0, 0))
-        page.paste(row, (0, sheet.height))
-        with checkpoint.whole_file(path) as file:
-            page.save(file, "PNG")
+        with checkpoint.whole_file(self.trainer.run_folder / "samples.png") as file:
+            row.save(file, "PNG")
 
 
 # --- Command line --------------------------------------------------------------------------------
 
 
+FIXED = ["preset", "optimizer", "vision_embedding", "image_head", "tau", "prediction"]
+FIXED += ["zero_terminal_snr", "lora_rank", "lora_scale", "lora_targets"]  # of a run, once it began
+
+
 def settings_of(name: str, run: Path, given: dict, resume: bool) -> tuple[Settings, str]:
     """-> settings and init of a run: flags over what a resumed run has, over the preset."""
-    preset, init, before = given.get("preset", "tiny"), given.get("init") or "", {}
+    kind, preset, init = STAGES[name].Settings, given.get("preset", "tiny"), given.get("init") or ""
+    given = {key: value for key, value in given.items() if key != "init"}
+    if "data" in given:
+        given = {"data_args": "{}"} | given  # the preset's are of its own data
     if resume:
         record = checkpoint.read_json(run / "run.json")
-        if record.get("stage") != name or not isinstance(record.get("settings"), dict):
+        if record.get("stage") != name:
             raise ValueError(f"{run} is no run of stage {name}; give the one that it is")
-        before, init = (
-            record["settings"],
-            record.get("init", "") if newest_save(run) else init or record.get("init", ""),
-        )
-    elif name not in PRESETS[preset]:
-        known = ", ".join(p for p in PRESETS if name in PRESETS[p])
-        raise ValueError(f"preset {preset} has no stage {name}; known: {known}")
-    else:
+        began = checkpoint.build(kind, record.get("settings"), run / "run.json")
+        init = init if init and not newest_save(run) else str(record.get("init") or "")
+        before = dataclasses.asdict(began)
+    elif name in PRESETS[preset]:
         before = {"preset": preset} | PRESETS[preset][name]
-    given = {key: value for key, value in given.items() if key != "init"}
-    most = given.get("batch_size", before.get("batch_size", 64))
-    if "micro_batches" in before and "micro_batches" not in given:  # a smaller batch has fewer
-        before = before | {"micro_batches": min(before["micro_batches"], most)}
-    if "data" in given and "data_args" not in given:
-        before = before | {"data_args": "{}"}  # the preset's are of its own data
-    settings = checkpoint.build(STAGES[name].Settings, before | given, f"stage {name}")
-    if getattr(settings, "micro_batches", 1) > settings.batch_size:
+        parts = before.get("micro_batches", 1)  # a smaller batch has fewer
+        before["micro_batches"] = min(parts, given.get("batch_size", parts))
+    else:
+        raise ValueError(f"preset {preset} has no stage {name}; give another --preset")
+    settings = checkpoint.build(kind, before | given, f"stage {name}")
+    changed = [f for f in FIXED if resume and before.get(f) != getattr(settings, f, None)]
+    if changed:
+        was = f"{changed[0]} is {getattr(settings, changed[0])}, and was {before[changed[0]]}"
+        raise ValueError(f"{was} when {run} began; give another --out for another run")
+    if settings.micro_batches > settings.batch_size:
         raise ValueError(f"micro_batches is {settings.micro_batches}; want at most batch_size")
     return settings, init
 
@@ -449,8 +454,8 @@ def train_stage(name: str, out: str, given: dict, resume: bool, trainer=Trainer)
     run came to its end."""
     run = Path(out)
     is_run = (run / "run.json").is_file()
-    if not out or (run.exists() and not run.is_dir()):
-        raise ValueError(f"--out is {out!r}, no directory; give one for the run")
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"--out is {out!r}, a file; give a directory for the run")
     if resume and not is_run:
         raise ValueError(f"{run} holds no run to resume; leave out --resume")
     if not resume and run.is_dir() and any(p.name != ".lock" for p in run.iterdir()):
@@ -470,6 +475,8 @@ def train_stage(name: str, out: str, given: dict, resume: bool, trainer=Trainer)
         ready = trainer(name, settings, train, held_out, run, start, about, saved)
         record = {"stage": name, "init": init and str(Path(init).resolve())}
         record |= {"settings": dataclasses.asdict(settings), "torch": torch.__version__}
+        prompts = prompts_of(held_out) if ready.stage.vae else []  # of samples.png
+        record["prompts"] = [" ".join(s.content for s in p if not s.is_image) for p in prompts]
         checkpoint.write_json(run / "run.json", record)
         try:
             finished = ready.run()
@@ -507,12 +514,10 @@ def train_all(out: str, given: dict) -> None:
             tqdm.write(f"stage {name} took {(time.time() - began) / 60:.1f} minutes")
         else:
             known = checkpoint.read_json(run / "run.json")["settings"]
-            late = [k for k in ours if k in known and known[k] != ours[k]]
+            late = [f"{k} {ours[k]}" for k in ours if k in known and known[k] != ours[k]]
             if late:
-                found = f"stage {name} was finished without {', '.join(late)}"
-                tqdm.write(
-                    f"warning: {found}, which comes too late; for another road give another --out"
-                )
+                late = f"{name} was finished without {', '.join(late)}, which comes too late"
+                tqdm.write(f"warning: stage {late}; for another road give another --out")
         init = str(run)
     publish(init, out)
 
@@ -548,6 +553,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace, trainer=Trainer) -> None:
     given = {k: v for k, v in vars(args).items() if v is not None}
     stage, out, resume = given.pop("stage"), given.pop("out"), given.pop("resume", False)
+    if not out:
+        raise ValueError("--out is empty; give a directory")
     if stage == "all":
         train_all(out, given)
     else:

@@ -35,6 +35,7 @@ def join() -> None:
     dist.barrier()  # an error of one must not look like another's lost connection
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
+        os.environ["TQDM_DISABLE"] = "1"
         checkpoint.lock = lambda directory: contextlib.nullcontext()
         checkpoint.write_json = lambda path, content: None
 
@@ -64,7 +65,10 @@ class Sharded(train.Trainer):
 
     def prepare(self) -> None:
         """A layer is whole only while it computes; the rest longer, as heads follow forward."""
-        mesh = dist.init_device_mesh(self.device.type, (dist.get_world_size(),))
+        parts, ranks = self.settings.micro_batches, dist.get_world_size()
+        if parts % ranks:
+            raise ValueError(f"micro_batches is {parts}; want a multiple of the {ranks} processes")
+        mesh = dist.init_device_mesh(self.device.type, (ranks,))
         for part in (*self.model.layers, self.model):
             fully_shard(part, mesh=mesh, reshard_after_forward=part is not self.model)
         dist.barrier()  # all have looked at the folder before the first one writes into it
@@ -129,9 +133,6 @@ def run(args) -> None:
     join()
     if args.stage in ("vae", "decoder", "all") or args.compile:
         raise ValueError(f"stage {args.stage} or --compile trains in one process: use train.py")
-    ranks, parts = dist.get_world_size(), args.micro_batches
-    if not parts or parts % ranks:
-        raise ValueError(f"--micro-batches is {parts}; want a multiple of the {ranks} processes")
     train.run(args, Sharded)
     dist.barrier()  # without it the last one may find the others gone, and abort
     dist.destroy_process_group()

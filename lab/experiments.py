@@ -39,7 +39,8 @@ DOCS, RUNS = Path("docs"), Path("runs") / "experiments"
 # --- Arms ---
 
 Stage = tuple[str, dict]  # a name, and settings in place of the preset's
-IMAGES, TEXT = BOTH = ["text_to_image", "understanding"]
+IMAGES, TEXT = "text_to_image", "understanding"
+BOTH = [IMAGES, TEXT]
 
 
 def data_args(*tasks: str) -> str:
@@ -95,10 +96,8 @@ ARMS |= dict.fromkeys(GUIDED, ARMS["orthus"])
 
 def told(stages: list[Stage]) -> str:
     """An arm as the page has it."""
-    lines = []
-    for name, settings in stages:
-        lines.append(" ".join([name, *(f"{key}={value}" for key, value in settings.items())]))
-    return "; ".join(lines) or "-"
+    line = lambda name, own: " ".join([name, *(f"{key}={value}" for key, value in own.items())])
+    return "; ".join(line(*stage) for stage in stages) or "-"
 
 
 # --- Experiments ---
@@ -320,10 +319,8 @@ def run_arms(names: list[str], seeds: range, count: int, threads: int) -> None:
         run = train_arm(folder, stages, init, threads, seed=seed)
         record = measure(name, run, seed, count) | {"stages": told(stages)}
         record["minutes"] = round((time.time() - started) / 60, 1)
-        commit = subprocess.run(
-            "git rev-parse --short HEAD".split(), capture_output=True, text=True
-        )
-        record["commit"] = commit.stdout.strip()
+        commit = ["git", "rev-parse", "--short", "HEAD"]
+        record["commit"] = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
         results = read_results()  # again: two runs of other arms may share the file
         results.setdefault(name, {})[str(seed)] = record
         checkpoint.write_json(DOCS / "results.json", results)
@@ -424,8 +421,8 @@ def comparisons(results: dict) -> list[Row]:
 
 # --- The page ---
 
-ABOUT = f"""Written by `python -m lab.experiments`. Arms go on from one start (three stages of
-`train.py all --preset nano`) with `{told([("posttrain", BRIEF)])}`
+ABOUT = f"""Written by `python -m lab.experiments`. Arms go on from one start (the first three
+stages of `train.py all --preset nano`) with `{told([("posttrain", BRIEF)])}`
 and the settings below: far from the end of training, where differences show. Every arm answers the
 same held-out prompts, four times as many for table 4. Differences are in points of 100 (psnr in
 decibels, sharpness and spread in grey levels, log-likelihood of the true answers in nats a token),

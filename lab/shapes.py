@@ -21,14 +21,8 @@ from data import Segment
 # --- Scenes ---
 
 SHAPES = ("circle", "square", "triangle", "star")
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (45, 80, 220),
-    "yellow": (240, 200, 30),
-    "purple": (150, 60, 190),
-    "orange": (245, 130, 30),
-}
+COLOURS = dict(red=(220, 40, 40), green=(40, 160, 60), blue=(45, 80, 220))
+COLOURS |= dict(yellow=(240, 200, 30), purple=(150, 60, 190), orange=(245, 130, 30))
 BACKGROUND = (250, 248, 242)
 UNSEEN = {("purple", "star"), ("green", "triangle")}  # never in training, asked for in evaluation
 REACH = {"circle": 1.0, "square": 1.15, "triangle": 1.2, "star": 1.25}  # circumradius / r
@@ -80,8 +74,7 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
     first = thing.angle + (-math.pi / 4 if thing.shape == "square" else -math.pi / 2)
     corners = []
     for i in range(number):
-        inner = thing.shape == "star" and i % 2 == 1
-        r = 0.52 * thing.r if inner else thing.reach
+        r = 0.52 * thing.r if thing.shape == "star" and i % 2 else thing.reach
         angle = first + 2 * math.pi * i / number
         corners.append((thing.x + r * math.cos(angle), thing.y + r * math.sin(angle)))
     return corners
@@ -410,14 +403,8 @@ class Shapes:
         """An example of a task from a random stream; turns: questions about one scene."""
         if task == "understanding":
             return self.understanding(rng, kind, turns)
-        makers = {
-            "image": self.image,
-            "text_to_image": self.text_to_image,
-            "editing": self.editing,
-            "difference": self.difference,
-            "in_context": self.in_context,
-            "story": self.story,
-        }
+        makers = dict(image=self.image, text_to_image=self.text_to_image, story=self.story)
+        makers |= dict(editing=self.editing, difference=self.difference, in_context=self.in_context)
         return makers[task](rng, kind)
 
     def pick(self, rng: random.Random, among: list[str] | None = None) -> Pair:

@@ -2,10 +2,9 @@
 
     python -m lab.speed [CHECKPOINT] [--rounds 5] [--large]
 
-Prints the fastest of so many runs of both, taken in turns, their ratio, and how far their results
-are apart. Rows that have no slow reference compare with the least that could be: a picture, from
-the start of the process, with importing PyTorch; a large latent (--large) with the bare products
-of its weights.
+Prints the fastest of so many runs of both, their ratio, and how far their results are apart. Two
+rows compare with the least that could be: a picture, from the start of the process, with importing
+PyTorch; a large latent (--large) with the bare products of its weights.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
@@ -69,64 +68,54 @@ def one_latent(device="cpu", **sizes) -> tuple[Orthus, Callable, Callable]:
     return model, draw, lambda: model.step(x, cache)
 
 
-def operators() -> tuple[int, int]:
-    """Of one latent: in the head, in the transformer."""
-    _, *parts = one_latent()
-    counts = []
-    for part in parts:
-        part()  # once, for what is made once
-        with Operators() as operators:
-            part()
-        counts.append(operators.count)
-    return tuple(counts)
+def operators(run: Callable) -> int:
+    run()  # once before, for what is made once
+    with Operators() as counted:
+        run()
+    return counted.count
 
 
 def products(model: Orthus, steps: int = 100) -> list[tuple[Tensor, Tensor]]:
-    """Weights and inputs of all products that a latent under two contexts cannot do without: the
-    modulations and what they are made from once for all steps, the rest of the head in each, the
-    transformer's layers once."""
+    """Inputs and weights of the products that a latent under two contexts cannot do without: AdaLN
+    and what goes into it once for all steps, the rest of the head in each, the layers once."""
     found = []
     for name, module in [*model.image_head.named_modules(), *model.layers.named_modules()]:
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        rows, times = 2, 1
-        if "adaLN" in name:
-            rows = 2 * steps
-        elif "time_embed" in name:
-            rows = steps
-        elif name.startswith(("input_proj", "res_blocks", "final_layer")):
-            rows, times = (1 if name == "input_proj" else 2), steps
-        found += [(module.weight, torch.randn(rows, module.in_features))] * times
+        if isinstance(module, nn.Linear):
+            rows, times = 2, 1
+            if "adaLN" in name or "time_embed" in name:
+                rows = steps * (2 if "adaLN" in name else 1)
+            elif name.startswith(("input_proj", "res_blocks", "final_layer")):
+                rows, times = (1 if name == "input_proj" else 2), steps
+            found += [(torch.randn(rows, module.in_features), module.weight)] * times
     return found
 
 
-def seconds(run: Callable) -> float:
-    return timeit.timeit(run, number=1)
-
-
 def race(rounds: int, *runs: Callable) -> list[float]:
-    """The fastest of so many runs of each, taken in turns."""
-    times = [[seconds(run) for run in runs] for _ in range(rounds)]
+    """Seconds of the fastest of so many runs of each, taken in turns."""
+    times = [[timeit.timeit(run, number=1) for run in runs] for _ in range(rounds)]
     return [min(column) for column in zip(*times, strict=True)]
 
 
-def large(rounds: int) -> str:
-    model, draw, step = one_latent(**LARGE)
-    bare = products(model)
-    multiply = lambda: [F.linear(x, weight) for weight, x in bare]
-    a, b = race(rounds, multiply, lambda: (draw(), step()))
-    return f"{'bare products, and a latent of width 1536':48}{a:9.4f}{b:9.4f}{b / a:8.2f}"
+def show(name: str, a: float, b: float, ratio: float, more: str = "") -> None:
+    print(f"{name:48}{a:9.4f}{b:9.4f}{ratio:8.2f}{more}")
 
 
-def start(rounds: int, checkpoint: str) -> str:
+def show_pair(rounds: int, name: str, slow: Callable, fast: Callable) -> None:
+    a, b = race(rounds, lambda: slow().cpu(), lambda: fast().cpu())  # .cpu() waits for the device
+    gap = (slow() - fast()).abs().max().item()
+    show(name, a, b, a / b, f"{gap:12.1e}")
+
+
+def show_start(rounds: int, directory: str) -> None:
+    """Of a process that imports PyTorch, and of one that draws a picture."""
     with tempfile.TemporaryDirectory() as folder:
-        drawing = ["sample.py", "--prompt", "a red circle", "--checkpoint", checkpoint]
+        drawing = ["sample.py", "--prompt", "a red circle", "--checkpoint", directory]
         runs = []
         for command in (["-c", "import torch"], [*drawing, "--output", folder]):
             command = [sys.executable, *command]
             runs.append(functools.partial(subprocess.run, command, check=True, capture_output=True))
         a, b = race(rounds, *runs)
-    return f"{'import torch, and process start to a picture':48}{a:9.4f}{b:9.4f}{b / a:8.2f}"
+    show("import torch, and process start to a picture", a, b, b / a)
 
 
 @torch.inference_mode()
@@ -147,28 +136,25 @@ def run(args: argparse.Namespace) -> None:
         size = pipeline.vae.config.resolution
         return torch.stack([to_tensor(answer.images[0], size) for answer in answers])
 
-    rows = {
-        "100 DDIM steps, modulations ahead of the loop": (
-            lambda: head.sample_naive(hidden, WEIGHTS, 100, latents[:1]),
-            lambda: head.sample(hidden, WEIGHTS, 100, latents[:1]),
-        ),
-        f"{length} latents with the cache": (
-            lambda: reread(model, tokens, latents),
-            lambda: read_once(model, tokens, latents),
-        ),
-        "16 pictures, 4 in a batch": (lambda: pictures(1), lambda: pictures(4)),
-        "16 pictures, 16 in a batch": (lambda: pictures(1), lambda: pictures(16)),
-    }
+    drawn, read = (hidden, WEIGHTS, 100, latents[:1]), (model, tokens, latents)
+    compare = functools.partial(show_pair, args.rounds)
     print(f"{'':48}{'slow s':>9}{'fast s':>9}{'ratio':>8}{'difference':>12}")
-    for name, (slow, fast) in rows.items():
-        a, b = race(args.rounds, lambda: slow().cpu(), lambda: fast().cpu())  # .cpu() waits
-        gap = (slow() - fast()).abs().max().item()
-        print(f"{name:48}{a:9.4f}{b:9.4f}{a / b:8.2f}{gap:12.1e}")
-    print(start(args.rounds, args.checkpoint))
-    in_head, in_layers = operators()
+    name = "100 DDIM steps, modulations ahead of the loop"
+    compare(name, lambda: head.sample_naive(*drawn), lambda: head.sample(*drawn))
+    name = f"{length} latents with the cache"
+    compare(name, lambda: reread(*read), lambda: read_once(*read))
+    compare("16 pictures, 4 in a batch", lambda: pictures(1), lambda: pictures(4))
+    compare("16 pictures, 16 in a batch", lambda: pictures(1), lambda: pictures(16))
+    show_start(args.rounds, args.checkpoint)
+    in_head, in_layers = map(operators, one_latent()[1:])
     print(f"{'operators of a latent: head, 8 layers':48}{in_head:9}{in_layers:9}")
     if args.large:
-        print(large(args.rounds))
+        model, draw, step = one_latent(**LARGE)
+        bare = products(model)
+        a, b = race(
+            args.rounds, lambda: [F.linear(*pair) for pair in bare], lambda: (draw(), step())
+        )
+        show("bare products, and a latent of width 1536", a, b, b / a)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -189,7 +189,7 @@ def test_the_loss_by_noise_level_is_the_heads_at_those_levels(orthus_start):
 
 
 def test_reconstruction_weighs_small_detail_and_edges():
-    settings = stages.DecoderSettings(detail_weight=3.0, edge_weight=2.0)
+    settings = stages.AutoencoderSettings(detail_weight=3.0, edge_weight=2.0)
     target, detail = torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 4, 4)
     image = target.clone()
     image[..., 0, 0] = 1.0

@@ -179,15 +179,33 @@ def test_what_was_logged_past_a_save_is_dropped_and_so_is_half_a_line(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     train.keep_log(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    path.write_text("[1, 2]\n")
+    assert "log.jsonl" in complaint(lambda: train.keep_log(path, 2))
 
 
 def test_a_damaged_state_is_named(road, tmp_path):
     saved = train.newest_save(road / "vae")
     copy = tmp_path / saved.name
     shutil.copytree(saved, copy)
+    (tmp_path / "step-00000001").mkdir()
     content = bytearray((copy / "state.pt").read_bytes())
-    (copy / "state.pt").write_bytes(content[: len(content) // 2])
-    assert str(copy) in complaint(lambda: train.read_state(copy))
+    flipped = content[:]
+    flipped[len(content) // 2] ^= 1
+    for damaged in (content[: len(content) // 2], flipped, b""):
+        (copy / "state.pt").write_bytes(damaged)
+        said = complaint(lambda: train.read_state(copy))
+        assert str(copy) in said and "step-00000001" in said
+
+
+def test_what_a_run_began_with_stays(road):
+    """Its optimiser's moments, and what its model is, are those of the save."""
+    for name, changes in (("posttrain", {"optimizer": "adamw"}), ("base", {"image_head": "mse"})):
+        ask = lambda: train.settings_of(name, road / name, changes, True)
+        assert min(changes) in complaint(ask)
+    same, _ = train.settings_of(
+        "base", road / "base", {"optimizer": stages.MUON["optimizer"]}, True
+    )
+    assert same.lr == PRESETS["nano"]["base"]["lr"]
 
 
 REFUSED = {  # flags -> what the one line must name
@@ -205,6 +223,8 @@ REFUSED = {  # flags -> what the one line must name
     "parts": (["posttrain", "--init", "ROAD/base", "--micro-batches", "5"], "micro_batches"),
     "not for vae": (["vae", "--image-head", "mse"], "--image-head"),
     "not for base": (["base", "--guidance-dropout", "0"], "--guidance-dropout"),
+    "no folder": (["vae", "--out", ""], "--out"),
+    "no folder for all": (["all", "--out", ""], "--out"),
     "7b has no vae": (["vae", "--preset", "7b"], "7b"),
 }
 
@@ -213,7 +233,7 @@ REFUSED = {  # flags -> what the one line must name
 def test_what_cannot_be_is_refused_in_one_line(road, tmp_path, capsys, name):
     flags, named = REFUSED[name]
     flags = [flag.replace("ROAD", str(road)) for flag in flags]
-    more = [] if "--resume" in flags else SMALL
+    more = [] if "--resume" in flags or flags[0] == "all" else SMALL
     out = [] if "--out" in flags else ["--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stop:
         train.main([flags[0], *more, *flags[1:], *out])
@@ -369,7 +389,8 @@ def test_validation_is_of_what_is_held_out_and_draws_a_row(road, tmp_path):
     levels = [first[f"held_out_image_t{low}"] for low in (0, 250, 500, 750)]
     assert all(v > 0 for v in levels) and first["held_out_loss"] != second["held_out_loss"]
     with Image.open(out / "samples.png") as sheet:
-        assert sheet.height == 2 * 32 and sheet.width % 32 == 0
+        prompts = checkpoint.read_json(out / "run.json")["prompts"]
+        assert sheet.size == (32 * len(prompts), 32) and all(prompts)
 
 
 # --- A head of one's own -------------------------------------------------------------------------
